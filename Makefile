@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up everything they need in .venv, from the versions in constraints.txt.
+PYTHON ?= python3
+VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
+
+.PHONY: demo test lint test-floor clean
+
+demo: .venv/installed
+	.venv/bin/python inference_dola.py compare=true
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy janus_dola janus
+
+# janus_dola on the oldest transformers it supports, in an environment of its own.
+test-floor: .venv-floor/installed
+	.venv-floor/bin/python -m pytest tests/dola
+
+.venv/installed: constraints.txt pyproject.toml
+	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
+	touch $@
+
+.venv-floor/installed: constraints-floor.txt pyproject.toml
+	$(VENV_PIP) constraints-floor.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor

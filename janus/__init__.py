@@ -1,0 +1,1 @@
+"""Janus and Janus-Pro (deepseek-ai/Janus) on current transformers: published import paths, names and weight keys."""

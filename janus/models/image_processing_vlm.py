@@ -1,0 +1,84 @@
+"""Images to pixel values: longest side to `image_size`, padded to a square (`janus/models/image_processing_vlm.py`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+
+class VLMImageProcessorConfig(PretrainedConfig):
+    model_type = "deepseek_vlm"
+
+
+def expand2square(image: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of its longer side."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), background_color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+class VLMImageProcessor(BaseImageProcessor):
+    """Resizes, pads, rescales and normalises images.
+
+    Args:
+        image_size: Side of the square output in pixels.
+        min_size: The shorter side is at least this, in pixels.
+        image_mean, image_std: Per channel, of values in [0, 1]. The padding has the colour of `image_mean`.
+        rescale_factor: Takes the values from [0, 255] to [0, 1].
+        do_normalize: Whether to subtract the mean and divide by the deviation.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        image_size: int,
+        min_size: int = 14,
+        image_mean: Sequence[float] | None = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] | None = (0.26862954, 0.26130258, 0.27577711),
+        rescale_factor: float = 1.0 / 255.0,
+        do_normalize: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.min_size = min_size
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.background_color = (127, 127, 127) if image_mean is None else tuple(int(x * 255) for x in image_mean)
+
+    @property
+    def default_shape(self) -> list[int]:
+        return [3, self.image_size, self.image_size]
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """An image of any size and mode to uint8 [3, image_size, image_size]."""
+        width, height = image.size
+        longest = max(width, height)
+        new_width, new_height = (max(int(x / longest * self.image_size), self.min_size) for x in (width, height))
+        # The published code asks torchvision, which does this to a PIL image; it has no build for every CPU torch.
+        image = image.convert("RGB").resize((new_width, new_height), Image.Resampling.BICUBIC)
+        return np.asarray(expand2square(image, self.background_color)).transpose(2, 0, 1)
+
+    def preprocess(self, images: Sequence[Image.Image], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+        """PIL images to `pixel_values`, float32 [n_images, 3, image_size, image_size]."""
+        pixel_values = np.zeros((len(images), *self.default_shape), dtype=np.float32)
+        for i, image in enumerate(images):
+            pixels = (self.resize(image).astype(np.float64) * self.rescale_factor).astype(np.float32)
+            if self.do_normalize:
+                mean, std = (np.asarray(x, dtype=np.float32)[:, None, None] for x in (self.image_mean, self.image_std))
+                pixels = (pixels - mean) / std
+            pixel_values[i] = pixels
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+AutoImageProcessor.register(VLMImageProcessorConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)

@@ -1,0 +1,82 @@
+"""Loading of images and of pretrained models (`janus/utils/io.py`)."""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from janus.models import MultiModalityCausalLM, VLChatProcessor
+
+
+def default_device() -> torch.device:
+    """cuda where there is one, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_pretrained_model(
+    model_path: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedTokenizerFast, VLChatProcessor, MultiModalityCausalLM]:
+    """Loads a checkpoint for inference.
+
+    Args:
+        model_path: A folder, or a name on the hub.
+        dtype: Of the model; bfloat16 on a GPU and float32 elsewhere by default.
+        device: Where to; `default_device()` by default.
+
+    Returns:
+        The tokenizer, the processor and the model in eval mode.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    processor = VLChatProcessor.from_pretrained(model_path)
+    model = MultiModalityCausalLM.from_pretrained(model_path, dtype=dtype)
+    return processor.tokenizer, processor, model.to(device).eval()
+
+
+def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Opens an image as RGB.
+
+    Args:
+        source: A path, or a data URL (`data:image/png;base64,...`).
+
+    Raises:
+        ValueError: There is no such file, or it is not an image that can be read.
+    """
+    name = str(source)
+    shown = name if len(name) <= 80 else name[:60] + "..."
+    try:
+        if name.startswith("data:"):
+            header, _, payload = name.partition(",")
+            if not header.startswith("data:image") or not header.endswith(";base64"):
+                raise ValueError(f"images: a data URL must start with data:image/TYPE;base64, got {shown!r}")
+            with PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as image:
+                return image.convert("RGB")
+        with PIL.Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"images: there is no file {shown!r}") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"images: {shown!r} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, binascii.Error, PIL.Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read.
+        raise ValueError(f"images: cannot read {shown!r}: {error}") from error
+
+
+def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Image.Image]:
+    """Opens the images of a conversation, in order, as RGB.
+
+    Args:
+        conversations: Its turns; a turn may have `images`, a list of paths or data URLs.
+
+    Raises:
+        ValueError: An image is missing or broken.
+    """
+    return [load_image(source) for message in conversations for source in message.get("images", ())]

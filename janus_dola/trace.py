@@ -1,0 +1,5 @@
+"""What happened at each step (stand-in while being written)."""
+
+
+class DoLaTrace:
+    pass

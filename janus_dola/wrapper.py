@@ -1,0 +1,208 @@
+"""`DoLaJanusWrapper`: Janus with DoLa in its text decoding, and nothing else changed."""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from janus_dola.config import DoLaConfig
+from janus_dola.dola_runtime import contrast, jsd, log_softmax
+from janus_dola.readout import Readout
+from janus_dola.trace import DoLaTrace
+
+# Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "assisted decoding checks several words per forward pass"),
+    "prompt_lookup_num_tokens": ((None,), "prompt lookup decoding checks several words per forward pass"),
+    "assistant_early_exit": ((None,), "assisted decoding checks several words per forward pass"),
+    "use_mtp": ((None, False), "multi-token prediction checks several words per forward pass"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search re-ranks words by hidden states of its own"),
+    "num_beam_groups": ((None, 1), "group beam search scores a part of the rows at a time"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the model a second time in every step"),
+    "dola_layers": ((None,), "it is another DoLa, that of transformers"),
+    "custom_generate": ((None,), "a custom decoding loop need not apply logits processors"),
+}
+
+
+class DoLaLogitsProcessor(LogitsProcessor):
+    """Replaces the final layer's scores by log p̂.
+
+    transformers runs the caller's processors after its own penalties and before temperature, top-k and top-p, which is
+    where DoLa belongs; so one processor serves greedy search, sampling and beams.
+
+    Args:
+        alpha: Threshold of V_head.
+        readout: Where the exits' logits come from; None means M = N, nothing to subtract.
+        floor: The score outside V_head.
+        trace: Is told what happened at each step.
+    """
+
+    def __init__(
+        self, alpha: float, readout: Readout | None, floor: float = -math.inf, trace: DoLaTrace | None = None
+    ) -> None:
+        self.alpha = alpha
+        self.readout = readout
+        self.floor = floor
+        self.trace = trace
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
+        log_qN = log_softmax(scores)
+        log_qM = None
+        if self.readout is not None:
+            log_qj = log_softmax(self.readout.take().to(scores.device))  # [rows, J, V]
+            chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)  # [rows]
+            if log_qj.shape[1] > 1:
+                chosen = jsd(log_qN.exp().unsqueeze(1), log_qj.exp()).argmax(-1)
+            log_qM = log_qj[torch.arange(len(scores), device=scores.device), chosen]  # [rows, V]
+        log_p = contrast(log_qN, log_qM, self.alpha)
+        return log_p if self.floor == -math.inf else log_p.clamp(min=self.floor)
+
+
+class DoLaJanusWrapper:
+    """Composes a Janus model and decodes its text with DoLa (arXiv 2309.03883, dynamic premature layer selection).
+
+    It owns no parameter or buffer; every attribute that is not below is the model's own, so prompt embedding and image
+    generation stay what they are. Wrap a model after `.to(...)` and `.eval()`: those return the model, not the wrapper.
+
+    Args:
+        model: `MultiModalityCausalLM`, ours or the published one: anything with `prepare_inputs_embeds` and a
+            `language_model` that has `.model.layers`, `.model.norm`, `.lm_head` and `.generate`.
+        config: `DoLaConfig()` by default. It may be changed between calls.
+
+    Raises:
+        ValueError: The model or the config is something else, or the config does not fit the model.
+    """
+
+    def __init__(self, model: Any, config: DoLaConfig | None = None) -> None:
+        if config is not None and not isinstance(config, DoLaConfig):
+            raise ValueError(f"config must be a DoLaConfig, got {type(config).__name__}")
+        for path in ("language_model.model.layers", "language_model.model.norm", "language_model.lm_head"):
+            part = model
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            if not isinstance(part, nn.Module):
+                raise ValueError(f"model must be a Janus model, with {path}; got {type(model).__name__} without it")
+        self.model = model
+        self.config = config or DoLaConfig()
+        self.config.resolve_layers(self.num_layers)  # fail here rather than in the first call
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not set yet: while unpickling or copying
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.language_model
+
+    @property
+    def ln_out(self) -> nn.Module:
+        """LN_out, the final norm, shared by all exits."""
+        return self.language_model.model.norm
+
+    @property
+    def phi(self) -> nn.Module:
+        """φ, the head, shared by all exits."""
+        return self.language_model.lm_head
+
+    @property
+    def num_layers(self) -> int:
+        """N, the number of decoder layers."""
+        return len(self.language_model.model.layers)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`language_model.generate`, with DoLa if `config.use_dola_lm`. Takes its arguments, returns what it returns.
+
+        Without DoLa it differs in one thing: `repetition_penalty` is right for left-padded batches of `inputs_embeds`.
+        """
+        if self.config.use_dola_lm:
+            return self.generate_with_dola(*args, **kwargs)
+        return self._generate([], *args, **kwargs)
+
+    def generate_with_dola(self, *args: Any, trace: DoLaTrace | None = None, **kwargs: Any) -> Any:
+        """`language_model.generate` with DoLa, whatever `config.use_dola_lm` says.
+
+        Greedy search, sampling, beam search and beam sampling, from `inputs_embeds` or `input_ids`. The scores it
+        returns on request are log p̂ after the warpers. In beam sampling words outside V_head score -1e9, the value
+        that transformers gives a dead beam, in place of −∞: when all beams of a row have ended, −∞ alone would be left
+        to sample from.
+
+        Args:
+            args, kwargs: Those of `language_model.generate`.
+            trace: Records what happened at each step.
+
+        Returns:
+            What `language_model.generate` returns.
+
+        Raises:
+            ValueError: A kind of decoding is asked for that DoLa cannot work with.
+        """
+        config = replace(self.config)  # checked again, and safe from changes while this call runs
+        layers = tuple(j for j in config.resolve_layers(self.num_layers) if j < self.num_layers)
+        settings = Settings(self.language_model, args, kwargs)
+        for name, (off, reason) in UNSUPPORTED.items():
+            if (value := settings.get(name)) not in off:
+                raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
+        if not layers and config.alpha == 0 and trace is None:  # p̂ is q_N itself: bit for bit the baseline
+            return self._generate([], *args, **kwargs)
+        beam_sampling = (settings.get("num_beams") or 1) > 1 and bool(settings.get("do_sample"))
+        with Readout(self.language_model, layers) if layers else nullcontext() as readout:
+            processor = DoLaLogitsProcessor(config.alpha, readout, -1e9 if beam_sampling else -math.inf, trace)
+            return self._generate([processor], *args, **kwargs)
+
+    def _generate(self, processors: list[LogitsProcessor], *args: Any, **kwargs: Any) -> Any:
+        """`language_model.generate` with `processors` after the caller's own."""
+        call = Settings(self.language_model, args, kwargs)
+        ours: list[LogitsProcessor] = []
+        penalty = call.get("repetition_penalty")
+        if penalty not in (None, 1.0) and call.get("inputs_embeds") is not None and call.get("inputs") is None:
+            # transformers 5 counts a row's padding off its new tokens and skips the penalty for as many of them.
+            call.set("repetition_penalty", 1.0)
+            ours.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+        if ours or processors:
+            call.set(
+                "logits_processor", LogitsProcessorList([*ours, *(call.get("logits_processor") or []), *processors])
+            )
+        return self.language_model.generate(**call.kwargs)
+
+
+class Settings:
+    """The arguments of one `generate` call, by name, with the defaults of the model's generation config."""
+
+    def __init__(self, language_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # generate's leading positional parameters, the same in transformers 4.48 and 5.
+        positional = (
+            "inputs",
+            "generation_config",
+            "logits_processor",
+            "stopping_criteria",
+            "prefix_allowed_tokens_fn",
+        )
+        if len(args) > len(positional):
+            raise ValueError(f"generate takes at most {len(positional)} positional arguments, got {len(args)}")
+        self.kwargs = dict(zip(positional, args, strict=False)) | kwargs
+        self._defaults = language_model.generation_config
+
+    def get(self, name: str) -> Any:
+        """What `generate` will use: keyword, else the call's generation config, else the model's."""
+        if self.kwargs.get(name) is not None:
+            return self.kwargs[name]
+        given: GenerationConfig | None = self.kwargs.get("generation_config")
+        value = getattr(given, name, None)
+        return value if value is not None else getattr(self._defaults, name, None)
+
+    def set(self, name: str, value: Any) -> None:
+        """Sets an argument without changing what the caller passed in."""
+        given = self.kwargs.get("generation_config")
+        if given is not None and hasattr(given, name):  # transformers warns when both are given
+            self.kwargs["generation_config"] = copy.deepcopy(given)
+            setattr(self.kwargs["generation_config"], name, value)
+            self.kwargs.pop(name, None)
+        else:
+            self.kwargs[name] = value

@@ -1,0 +1,68 @@
+"""The golden checkpoint and what the published code answered for it: see golden/README.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "tiny_janus"
+EOS = 481
+CASES: dict[str, Any] = json.loads((GOLDEN / "expected" / "expected.json").read_text(encoding="utf-8"))["cases"]
+
+
+class StandIn(nn.Module):
+    """The part of a Janus model that janus_dola needs, for transformers 4, where our janus does not import."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))["language_config"]
+        self.language_model = LlamaForCausalLM(LlamaConfig(**config))
+        weights = load_file(CHECKPOINT / "model.safetensors")
+        prefix = "language_model."
+        self.language_model.load_state_dict(
+            {name.removeprefix(prefix): weight.float() for name, weight in weights.items() if name.startswith(prefix)}
+        )
+
+    def prepare_inputs_embeds(self, input_ids: Tensor) -> Tensor:
+        return self.language_model.get_input_embeddings()(input_ids)
+
+
+def load_model() -> Any:
+    """The golden checkpoint in float32: through our janus, or as the stand-in where transformers is older than 5."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return StandIn().eval()
+    from janus.models import MultiModalityCausalLM
+
+    return MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """Shared by all tests: whoever changes it breaks the others, and the test that nothing changes it."""
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, Tensor]:
+    """Keys are CASE/NAME."""
+    return load_file(GOLDEN / "expected" / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def prompt(expected: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `generate`: a left-padded batch of 3, greedy, 12 new tokens."""
+    return {
+        "inputs_embeds": expected["batch_left_padded/inputs_embeds"],
+        "attention_mask": expected["batch_left_padded/attention_mask"],
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+    }
