@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from janus_dola.config import DoLaConfig
 from janus_dola.dola_runtime import contrast, jsd, log_softmax
 from janus_dola.readout import Readout
-from janus_dola.trace import DoLaTrace
+from janus_dola.trace import DoLaTrace, TraceCriteria
 
 # Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -36,32 +42,73 @@ class DoLaLogitsProcessor(LogitsProcessor):
     where DoLa belongs; so one processor serves greedy search, sampling and beams.
 
     Args:
+        num_layers: N.
+        layers: The candidate layers j < N, lowest first; with none, there is nothing to subtract.
         alpha: Threshold of V_head.
-        readout: Where the exits' logits come from; None means M = N, nothing to subtract.
+        readout: Where the exits' logits come from; None where no layer is tapped.
         floor: The score outside V_head.
-        trace: Is told what happened at each step.
+        trace: Is told what happened at each step. It may tap more layers than the candidates.
     """
 
     def __init__(
-        self, alpha: float, readout: Readout | None, floor: float = -math.inf, trace: DoLaTrace | None = None
+        self,
+        num_layers: int,
+        layers: tuple[int, ...],
+        alpha: float,
+        readout: Readout | None,
+        floor: float = -math.inf,
+        trace: DoLaTrace | None = None,
     ) -> None:
         self.alpha = alpha
         self.readout = readout
         self.floor = floor
         self.trace = trace
+        self.tapped = layers if trace is None else trace.traced_layers  # what the readout gives
+        self.candidates = [self.tapped.index(layer) for layer in layers]
+        self.layers = torch.tensor([*self.tapped, num_layers])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
         log_qN = log_softmax(scores)
-        log_qM = None
+        log_qM = divergence = None
+        M = torch.full((len(scores),), len(self.tapped), device=scores.device)  # index into layers, [rows]
         if self.readout is not None:
             log_qj = log_softmax(self.readout.take().to(scores.device))  # [rows, J, V]
-            chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)  # [rows]
-            if log_qj.shape[1] > 1:
-                chosen = jsd(log_qN.exp().unsqueeze(1), log_qj.exp()).argmax(-1)
-            log_qM = log_qj[torch.arange(len(scores), device=scores.device), chosen]  # [rows, V]
-        log_p = contrast(log_qN, log_qM, self.alpha)
+            if len(self.candidates) > 1 or self.trace is not None:
+                divergence = jsd(log_qN.exp().unsqueeze(1), log_qj.exp())  # [rows, J]
+            if self.candidates:
+                M, log_qM = premature(log_qj, divergence, self.candidates)
+        # With nothing to subtract and every word kept, p̂ is q_N: the baseline bit for bit, traced or not.
+        same = log_qM is None and self.alpha == 0
+        log_p = log_qN if same else contrast(log_qN, log_qM, self.alpha)
+        if self.trace is not None:
+            self.layers = self.layers.to(M.device)
+            self.trace.record(input_ids, log_qN, log_p, self.layers[M], divergence)
+        if same:
+            return scores
         return log_p if self.floor == -math.inf else log_p.clamp(min=self.floor)
+
+
+def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
+    """M of each row, and its log q_M.
+
+    Args:
+        log_qj: The exits' log-probabilities, [rows, J, V].
+        divergence: JSD(q_N ‖ q_j), [rows, J]; not needed for one candidate.
+        candidates: Indices into J to choose from, lowest layer first; at least one.
+
+    Returns:
+        Index into J, int64 [rows], and [rows, V].
+    """
+    rows = torch.arange(len(log_qj), device=log_qj.device)
+    if len(candidates) == 1 or divergence is None:
+        M = torch.full_like(rows, candidates[0])
+    elif len(candidates) == divergence.shape[1]:
+        M = divergence.argmax(-1)
+    else:
+        index = torch.tensor(candidates, device=log_qj.device)
+        M = index[divergence[:, index].argmax(-1)]
+    return M, log_qj[rows, M]
 
 
 class DoLaJanusWrapper:
@@ -123,6 +170,8 @@ class DoLaJanusWrapper:
         """
         if self.config.use_dola_lm:
             return self.generate_with_dola(*args, **kwargs)
+        if kwargs.pop("trace", None) is not None:
+            raise ValueError("trace must be None without DoLa: config.use_dola_lm is False")
         return self._generate([], *args, **kwargs)
 
     def generate_with_dola(self, *args: Any, trace: DoLaTrace | None = None, **kwargs: Any) -> Any:
@@ -130,12 +179,13 @@ class DoLaJanusWrapper:
 
         Greedy search, sampling, beam search and beam sampling, from `inputs_embeds` or `input_ids`. The scores it
         returns on request are log p̂ after the warpers. In beam sampling words outside V_head score -1e9, the value
-        that transformers gives a dead beam, in place of −∞: when all beams of a row have ended, −∞ alone would be left
-        to sample from.
+        that transformers gives a dead beam, in place of −∞: when all beams of a row have ended, transformers 4 would be
+        left with nothing but −∞ to sample from.
 
         Args:
             args, kwargs: Those of `language_model.generate`.
-            trace: Records what happened at each step.
+            trace: Records what happened at each step. It changes nothing: JSD of the candidates is computed anyway, and
+                a trace of all layers only looks at the others.
 
         Returns:
             What `language_model.generate` returns.
@@ -151,10 +201,20 @@ class DoLaJanusWrapper:
                 raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
         if not layers and config.alpha == 0 and trace is None:  # p̂ is q_N itself: bit for bit the baseline
             return self._generate([], *args, **kwargs)
-        beam_sampling = (settings.get("num_beams") or 1) > 1 and bool(settings.get("do_sample"))
-        with Readout(self.language_model, layers) if layers else nullcontext() as readout:
-            processor = DoLaLogitsProcessor(config.alpha, readout, -1e9 if beam_sampling else -math.inf, trace)
-            return self._generate([processor], *args, **kwargs)
+        num_beams = settings.get("num_beams") or 1
+        floor = -1e9 if num_beams > 1 and settings.get("do_sample") else -math.inf
+        tapped = layers
+        if trace is not None:
+            trace.start(self.num_layers, layers, config.alpha, num_beams, settings.get("eos_token_id"))
+            tapped = trace.traced_layers
+            criteria = settings.kwargs.get("stopping_criteria")
+            settings.kwargs["stopping_criteria"] = StoppingCriteriaList([*(criteria or []), TraceCriteria(trace)])
+        with Readout(self.language_model, tapped) if tapped else nullcontext() as readout:
+            processor = DoLaLogitsProcessor(self.num_layers, layers, config.alpha, readout, floor, trace)
+            output = self._generate([processor], **settings.kwargs)
+        if trace is not None:
+            trace.finish(getattr(output, "sequences", output), settings.get("pad_token_id"))
+        return output
 
     def _generate(self, processors: list[LogitsProcessor], *args: Any, **kwargs: Any) -> Any:
         """`language_model.generate` with `processors` after the caller's own."""

@@ -1,0 +1,123 @@
+"""Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ..."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from janus.utils.io import load_pil_images
+from janus_dola import DoLaJanusWrapper, DoLaTrace
+from janus_dola.cli import (
+    ModelConfig,
+    build_conversation,
+    check_generation,
+    load_model,
+    load_processor,
+    main,
+    pick_device,
+    read_config,
+)
+
+ROOT = Path(__file__).parent
+DEFAULT = ROOT / "configs" / "default.yaml"
+DEMO_IMAGE, DEMO_QUESTION = "demo/images/scene.png", "What is in the image?"
+
+
+@dataclass
+class InferenceConfig(ModelConfig):
+    """The keys of configs/default.yaml, which says what each is for."""
+
+    images: Any = field(default_factory=list)
+    image: str | None = None
+    question: str | None = None
+    conversation: Any = None
+    compare: bool = False
+    stream: bool = False
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.images = [self.images] if isinstance(self.images, str) else list(self.images or [])
+        if self.image is not None:
+            self.images = [self.image]
+        for image in self.images:
+            if not isinstance(image, str):
+                raise ValueError(f"images must be paths or data URLs, got {image!r}")
+
+
+def run(argv: Sequence[str]) -> None:
+    config = read_config(InferenceConfig, argv, DEFAULT)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if config.question is None and not config.conversation and not config.images:
+        config.images, config.question = [str(ROOT / DEMO_IMAGE)], DEMO_QUESTION
+    # All that can be wrong without the weights is found before they are loaded.
+    turns = build_conversation(config.roles, config.question, config.images, config.conversation)
+    pil_images = load_pil_images(turns)
+    check_generation(config.generation)
+    device, dtype = pick_device(config.device, config.dtype)
+    processor = load_processor(config)
+    inputs = processor(conversations=turns, images=pil_images).to(device, dtype)
+    model = DoLaJanusWrapper(load_model(config), config.dola())
+
+    tokenizer = processor.tokenizer
+    with torch.inference_mode():
+        inputs_embeds = model.prepare_inputs_embeds(**inputs)
+    arguments = {
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": inputs.attention_mask,
+        "pad_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer": tokenizer,
+    } | config.generation
+
+    if config.compare:
+        model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder
+        for turn in turns:
+            print(
+                *(f"image     {image[:80]}" for image in turn["images"]), sep="\n", end="\n" if turn["images"] else ""
+            )
+        print(f"question  {turns[-2]['content'].replace('<image_placeholder>', '').strip()}")
+    for use_dola_lm in (False, True) if config.compare else (config.use_dola_lm,):
+        model.config.use_dola_lm = use_dola_lm
+        trace = DoLaTrace() if use_dola_lm and (config.compare or config.trace) else None
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if config.stream else None
+        torch.manual_seed(config.seed)
+        start = time.perf_counter()
+        sequences = model.generate(
+            **arguments, **({"trace": trace} if trace else {}), **({"streamer": streamer} if streamer else {})
+        )
+        seconds = time.perf_counter() - start
+        answers = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        if config.compare:
+            tokens = int((sequences[0] != tokenizer.eos_token_id).sum()) + 1
+            label = f"DoLa {'on' if use_dola_lm else 'off'}"
+            print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
+            print(f"{'':<10}({tokens} tokens, {seconds / tokens:.4f} seconds per token)")
+        elif not config.stream:
+            print(*answers, sep="\n")
+        if trace is not None:
+            report(trace, tokenizer, config)
+
+
+def report(trace: DoLaTrace, tokenizer: Any, config: InferenceConfig) -> None:
+    """Prints the layers chosen, with `compare`, and writes the trace, with `trace`."""
+    if config.compare:
+        print(f"{'layers':<10}{' '.join(str(layer) for layer in trace.layers[0][: trace.lengths[0]].tolist())}")
+    if config.trace:
+        folder = Path(config.trace)
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.save(folder / "trace.jsonl")
+        trace.heatmap(folder / "trace.png", tokenizer)
+        print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,292 @@
+"""What the command lines share: `key=value` configuration, one-line errors, loading, and building a conversation."""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from janus_dola.config import DoLaConfig
+
+T = TypeVar("T", bound="ModelConfig")
+IMAGE_TAG = "<image_placeholder>"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelConfig(DoLaConfig):
+    """Which model to run, where, and how: the keys that all command lines have.
+
+    Attributes:
+        model_path: A folder, or a name on the hub.
+        roles: The names of user and assistant in the prompt.
+        device: `auto`, or a PyTorch device.
+        dtype: One of `DTYPES`; auto is bfloat16 on cuda and float32 elsewhere.
+        seed: Of all sampling.
+        generation: Arguments of transformers' `generate`.
+    """
+
+    model_path: str = ""
+    roles: list[str] = field(default_factory=lambda: ["<|User|>", "<|Assistant|>"])
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if len(self.roles) != 2:
+            raise ValueError(f"roles must be two names, user and assistant, got {self.roles}")
+
+    def dola(self) -> DoLaConfig:
+        return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
+
+
+def read_config(schema: type[T], argv: Sequence[str], default: Path) -> T:
+    """`key=value` arguments over the file that `config=FILE` names over the default file, checked against `schema`.
+
+    Args:
+        schema: A dataclass; keys and types must be its own.
+        argv: The arguments. A key whose type is `str` takes its value as it stands, others are YAML.
+        default: The file with the defaults.
+
+    Raises:
+        ValueError: A file is missing or broken, a key is unknown, or a value is wrong.
+    """
+    # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
+    text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
+    texts: dict[str, str] = {}
+    overrides, files = [], [default]
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise ValueError(f"arguments must be written key=value, got {argument!r}")
+        if key == "config":
+            files.append(Path(value))
+        elif key in text_keys:
+            texts[key] = value
+        else:
+            overrides.append(argument)
+    try:
+        config = OmegaConf.merge(
+            OmegaConf.structured(schema), *map(read_yaml, files), OmegaConf.from_dotlist(overrides)
+        )
+        values = OmegaConf.to_container(config, resolve=False, structured_config_mode=None)  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, schema)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
+    merged: dict[str, Any] = {str(key): value for key, value in dict(values).items()}  # type: ignore[arg-type]
+    refuse_interpolations(merged)
+    return schema(**(merged | texts))
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise ValueError(f"config must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"config {str(path)!r} is not a YAML mapping: {first_line(error)}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise ValueError(f"config {str(path)!r} must be a YAML mapping, got a list")
+    return loaded
+
+
+def refuse_interpolations(value: Any, key: str = "") -> None:
+    """A configuration is data: `${oc.env:SECRET}` must not read the environment."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            refuse_interpolations(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            refuse_interpolations(item, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key} must not use an interpolation, got {value!r}")
+
+
+def explain(error: OmegaConfBaseException, schema: type) -> str:
+    """OmegaConf's error in one line, with the near miss of an unknown key."""
+    key = str(error.full_key or error.key or "")
+    names = [item.name for item in fields(schema)]
+    if key and key.split(".")[0] not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        return f"unknown key {key!r}" + (
+            f", did you mean {near[0]!r}?" if near else f", allowed are {', '.join(names)}"
+        )
+    return f"{key or 'config'}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def main(run: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command line: an error of the user's is one line on stderr and exit code 2."""
+    try:
+        sys.exit(run(sys.argv[1:]) or 0)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_generation(generation: Mapping[str, Any]) -> None:
+    """Refuses what `generate` does not take.
+
+    Raises:
+        ValueError: A key is unknown.
+    """
+    from transformers import GenerationConfig
+
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for key in generation:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = (
+                f", did you mean {'generation.' + near[0]!r}?" if near else ", transformers' generate does not take it"
+            )
+            raise ValueError(f"unknown key {'generation.' + key!r}{hint}")
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the config's words stand for.
+
+    Raises:
+        ValueError: The device is unknown, or not on this machine.
+    """
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be auto, cpu, cuda or mps, and be there, got {device!r}: {first_line(error)}"
+        ) from error
+    if dtype == "auto":
+        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+    return chosen, getattr(torch, dtype)
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The checkpoint's processor, after checking all that can be known without its weights.
+
+    Raises:
+        ValueError: There is no Janus checkpoint, or the DoLa keys do not fit its number of layers.
+    """
+    # The only place where janus_dola knows janus: the command lines. The library wraps the published package, too.
+    from janus.models import MultiModalityConfig, VLChatProcessor
+
+    path = config.model_path
+    folder = Path(path)
+    if not path:
+        raise ValueError("model_path must be a folder or a name on the hub, got ''")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model_path {path!r} is no checkpoint: it has no config.json")
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(
+            f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
+        )
+    try:
+        model_config, _ = MultiModalityConfig.get_config_dict(path)
+        if model_config.get("model_type") != "multi_modality" or "language_config" not in model_config:
+            raise ValueError(
+                f"model_path {path!r} is no Janus checkpoint: its model_type is {model_config.get('model_type')!r}"
+            )
+        num_layers = MultiModalityConfig.from_pretrained(path).language_config.num_hidden_layers
+        config.resolve_layers(num_layers)
+        return VLChatProcessor.from_pretrained(path)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model_path {path!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_model(config: ModelConfig) -> Any:
+    """The checkpoint's model on its device, in eval mode.
+
+    Raises:
+        ValueError: A weight is missing, has another shape, or cannot be read.
+    """
+    from janus.models import MultiModalityCausalLM
+
+    device, dtype = pick_device(config.device, config.dtype)
+    try:
+        return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"model_path {config.model_path!r} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # safetensors and pickle have errors of their own for a broken file
+        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
+            raise ValueError(f"model_path {config.model_path!r} cannot be loaded: {first_line(error)}") from error
+        raise
+
+
+def build_conversation(
+    roles: Sequence[str],
+    question: str | None,
+    images: Sequence[str] = (),
+    conversation: Sequence[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The turns to ask the model, the last one empty for its answer.
+
+    Args:
+        roles: The names of user and assistant.
+        question: One question; image tags are put in front of it unless it has some.
+        images: Paths or data URLs, for `question`.
+        conversation: Instead of `question`: turns with `content`, the user's first, and optional `role` and `images`.
+
+    Raises:
+        ValueError: Both or none of `question` and `conversation`, an empty turn, or images not as many as image tags.
+    """
+    if (question is None) == (not conversation):
+        raise ValueError(
+            f"exactly one of question and conversation must be given, got {question!r} and {conversation!r}"
+        )
+    if conversation:
+        turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
+        if images:
+            raise ValueError(f"images go into the turns of a conversation, got {list(images)} beside it")
+    else:
+        if not (question or "").strip():
+            raise ValueError(f"question must not be empty, got {question!r}")
+        text = question if IMAGE_TAG in question else f"{IMAGE_TAG}\n" * len(images) + question  # type: ignore[operator]
+        turns = [{"role": roles[0], "content": text, "images": list(images)}]
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns)
+    given = sum(len(turn["images"]) for turn in turns)
+    if tags != given:
+        raise ValueError(f"images must be as many as the {IMAGE_TAG} in the text, got {given} for {tags}")
+    if turns[-1]["role"] == roles[0]:
+        turns.append({"role": roles[1], "content": "", "images": []})
+    return turns
+
+
+def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+        raise ValueError(f"conversation: turn {index + 1} must have content, a text, got {turn!r}")
+    if unknown := sorted(turn.keys() - {"role", "content", "images"}):
+        raise ValueError(
+            f"conversation: turn {index + 1} has unknown keys {unknown}, allowed are role, content, images"
+        )
+    role, images = turn.get("role", roles[index % 2]), turn.get("images") or []
+    if role not in roles:
+        raise ValueError(f"conversation: role of turn {index + 1} must be one of {list(roles)}, got {role!r}")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(
+            f"conversation: images of turn {index + 1} must be a list of paths or data URLs, got {images!r}"
+        )
+    if not turn["content"].strip() and role == roles[0]:
+        raise ValueError(f"conversation: turn {index + 1} must not be empty, got {turn['content']!r}")
+    return {"role": role, "content": turn["content"], "images": images}

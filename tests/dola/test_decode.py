@@ -1,0 +1,593 @@
+"""The decode step against an oracle: an uncached forward pass with all hidden states, and the formulas in float64."""
+
+import copy
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_runtime import oracle_contrast, oracle_jsd
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.readout import Readout
+
+N = 30
+CONFIGS = [
+    DoLaConfig(),
+    DoLaConfig(alpha=0.3, bucket_id=0),
+    DoLaConfig(alpha=0.0, candidate_layers=[3, 11, 29]),
+    DoLaConfig(alpha=0.1, candidate_layers=[17]),  # static DoLa
+    DoLaConfig(alpha=0.1, candidate_layers=[]),  # nothing to subtract, V_head alone
+]
+
+
+class Recorder(LogitsProcessor):
+    """A caller's own processor: sees what comes before DoLa."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.input_ids.append(input_ids.clone())
+        self.scores.append(scores.clone())
+        return scores
+
+
+@torch.no_grad()
+def all_logits(model: Any, embeds: Tensor, mask: Tensor, tokens: Tensor) -> np.ndarray:
+    """Logits of every layer at the last position, [rows, N, V] in float64: no cache, no hook, one head call each."""
+    decoder, head = model.language_model.model, model.language_model.lm_head
+    repeat = len(tokens) // len(embeds)
+    embeds, mask = embeds.repeat_interleave(repeat, 0), mask.repeat_interleave(repeat, 0)
+    inputs = torch.cat([embeds, model.language_model.get_input_embeddings()(tokens)], 1)
+    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    hidden = decoder(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    exits = [head(decoder.norm(h[:, -1])) for h in hidden[1:N]] + [head(hidden[N][:, -1])]  # hidden_states[N] is normed
+    return torch.stack(exits, 1).double().numpy()
+
+
+def oracle_scores(logits: np.ndarray, penalised: np.ndarray, layers: list[int], alpha: float) -> np.ndarray:
+    """log p̂ [rows, V] of the penalised final logits and the exits' logits [rows, N, V]."""
+    if not layers:
+        return oracle_contrast(penalised, None, alpha)
+    q = np.exp(penalised - penalised.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    exits = logits[:, [layer - 1 for layer in layers]]
+    qj = np.exp(exits - exits.max(-1, keepdims=True))
+    qj /= qj.sum(-1, keepdims=True)
+    M = oracle_jsd(q[:, None], qj).argmax(-1)
+    return oracle_contrast(penalised, exits[np.arange(len(M)), M], alpha)
+
+
+def assert_scores(got: Tensor, want: np.ndarray) -> None:
+    assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(got.numpy()[finite], want[finite], atol=1e-4)
+
+
+def layers_below_N(config: DoLaConfig) -> list[int]:
+    return [layer for layer in config.resolve_layers(N) if layer < N]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_each_step_of_a_cached_generation_is_the_oracles(
+    model: Any, prompt: dict[str, Any], config: DoLaConfig, num_beams: int
+) -> None:
+    recorder = Recorder()
+    output = DoLaJanusWrapper(model, config).generate(
+        **(prompt | {"max_new_tokens": 6, "eos_token_id": 511}),
+        num_beams=num_beams,
+        logits_processor=[recorder],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert len(output.scores) == len(recorder.input_ids) == 6
+    for tokens, got in zip(recorder.input_ids, output.scores, strict=True):
+        logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], tokens)
+        live = np.asarray(tokens.shape[1] == 0 or ~(tokens == 511).any(1)).repeat(1)
+        want = oracle_scores(logits, logits[:, -1], layers_below_N(config), config.alpha)
+        assert_scores(got[live], want[live]) if live.shape == (len(want),) else assert_scores(got, want)
+    if num_beams == 1:
+        assert torch.equal(output.sequences, torch.stack([scores.argmax(-1) for scores in output.scores], 1))
+
+
+@pytest.mark.parametrize("layers", [(22, 24, 26, 28), (1,), (5, 29)])
+def test_fused_readout_equals_one_head_call_per_exit(
+    model: Any, prompt: dict[str, Any], layers: tuple[int, ...]
+) -> None:
+    language_model = model.language_model
+    inputs = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
+    with torch.no_grad():
+        plain = language_model(**inputs, output_hidden_states=True)
+        with Readout(language_model, layers) as readout:
+            fused = language_model(**inputs, **last_position_only(language_model))
+            exits = readout.take()
+            with pytest.raises(RuntimeError):  # given once: a stale exit must not be read for a later step
+                readout.take()
+        want = [language_model.lm_head(language_model.model.norm(plain.hidden_states[j][:, -1:])) for j in layers]
+    assert exits.shape == (3, len(layers), 512)
+    assert torch.allclose(exits, torch.cat(want, 1), atol=1e-5)
+    assert fused.logits.shape[1] == 1
+    assert torch.allclose(fused.logits[:, -1], plain.logits[:, -1], atol=1e-5)
+
+
+def last_position_only(language_model: Any) -> dict[str, int]:
+    import inspect
+
+    names = inspect.signature(type(language_model).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in names else {"num_logits_to_keep": 1}
+
+
+def test_readout_leaves_the_logits_of_a_whole_prompt_whole(model: Any, prompt: dict[str, Any]) -> None:
+    inputs = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
+    with torch.no_grad(), Readout(model.language_model, (7, 9)) as readout:
+        logits = model.language_model(**inputs).logits
+        assert readout.take().shape == (3, 2, 512)
+    with torch.no_grad():
+        want = model.language_model(**inputs).logits
+    assert logits.shape == want.shape
+    assert torch.allclose(logits, want, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others(model: Any, prompt: dict[str, Any]) -> None:
+    wrapper = DoLaJanusWrapper(model)
+    details = {"return_dict_in_generate": True, "output_scores": True}
+    batch = wrapper.generate(**prompt, **details)
+    for order in ([2, 0, 1], [1], [0, 0]):
+        rows = {name: prompt[name][order] for name in ("inputs_embeds", "attention_mask")}
+        part = wrapper.generate(**(prompt | rows), **details)
+        steps = part.sequences.shape[1]
+        assert torch.equal(part.sequences, batch.sequences[order][:, :steps])
+        for got, want in zip(part.scores, batch.scores, strict=False):
+            assert_scores(got, want[order].double().numpy())
+    row = 0  # by itself, without its padding
+    keep = prompt["attention_mask"][row].bool()
+    alone = {
+        "inputs_embeds": prompt["inputs_embeds"][row : row + 1, keep],
+        "attention_mask": prompt["attention_mask"][:1, keep],
+    }
+    alone["attention_mask"] = torch.ones(1, int(keep.sum()), dtype=torch.long)
+    assert torch.equal(wrapper.generate(**(prompt | alone))[0], batch.sequences[row])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DoLaConfig(use_dola_lm=False),
+        DoLaConfig(alpha=0.0, candidate_layers=[]),
+        DoLaConfig(alpha=0.0, candidate_layers=[N]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["batch_left_padded", "batch_mixed", "two_images"])
+def test_nothing_to_subtract_is_the_baseline_bit_for_bit(
+    model: Any, expected: dict[str, Tensor], prompt: dict[str, Any], config: DoLaConfig, case: str
+) -> None:
+    wrapper = DoLaJanusWrapper(model, config)
+    prompt = prompt | {name: expected[f"{case}/{name}"] for name in ("inputs_embeds", "attention_mask")}
+    details = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 24}
+    got = wrapper.generate(**(prompt | details))
+    want = model.language_model.generate(**(prompt | details))
+    assert torch.equal(got.sequences, expected[f"{case}/greedy"][:, : got.sequences.shape[1]])
+    # The golden logits are those of a forward pass that reads the whole prompt out, which rounds otherwise.
+    assert torch.allclose(got.logits[0], expected[f"{case}/logits"], atol=1e-5)
+    for name in ("scores", "logits"):
+        assert all(torch.equal(a, b) for a, b in zip(got[name], want[name], strict=True))
+    beams = wrapper.generate(**prompt, num_beams=4)
+    assert torch.equal(beams, expected[f"{case}/beam4"][:, : beams.shape[1]])
+    draw = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    torch.manual_seed(1)
+    got = wrapper.generate(**(prompt | draw))
+    torch.manual_seed(1)
+    assert torch.equal(got, model.language_model.generate(**(prompt | draw)))
+
+
+@pytest.mark.parametrize("way", ["keyword", "generation_config", "model"])
+def test_repetition_penalty_with_left_padding(
+    model: Any, expected: dict[str, Tensor], prompt: dict[str, Any], way: str
+) -> None:
+    """From embeddings, transformers 5 skips the penalty for as many new tokens as the row has padding."""
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False))
+    prompt = prompt | {"max_new_tokens": 24}
+    defaults = model.language_model.generation_config
+    if way == "keyword":
+        got = wrapper.generate(**prompt, repetition_penalty=1.3)
+    elif way == "generation_config":
+        given = copy.deepcopy(defaults)
+        given.repetition_penalty = 1.3
+        got = wrapper.generate(**prompt, generation_config=given)
+        assert given.repetition_penalty == 1.3
+    else:
+        before, defaults.repetition_penalty = defaults.repetition_penalty, 1.3
+        try:
+            got = wrapper.generate(**prompt)
+        finally:
+            defaults.repetition_penalty = before
+    assert torch.equal(got, expected["batch_left_padded/greedy_rep13"][:, : got.shape[1]])
+
+
+def test_penalties_come_before_dola(model: Any, prompt: dict[str, Any]) -> None:
+    recorder = Recorder()
+    config = DoLaConfig(alpha=0.1, bucket_id=1)
+    output = DoLaJanusWrapper(model, config).generate(
+        **(prompt | {"max_new_tokens": 8, "eos_token_id": 511}),
+        repetition_penalty=1.8,
+        suppress_tokens=[43, 267],
+        logits_processor=[recorder],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    for tokens, got in zip(recorder.input_ids, output.scores, strict=True):
+        logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], tokens)
+        penalised = logits[:, -1].copy()
+        for row, seen in enumerate(tokens.tolist()):
+            for token in set(seen):
+                penalised[row, token] *= 1.8 if penalised[row, token] < 0 else 1 / 1.8
+        penalised[:, [43, 267]] = -np.inf
+        assert_scores(got, oracle_scores(logits, penalised, layers_below_N(config), config.alpha))
+
+
+def test_warpers_come_after_dola(model: Any, prompt: dict[str, Any]) -> None:
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=0.02))
+    details = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
+    log_p = wrapper.generate(**(prompt | details)).scores[0]
+    draw = {"do_sample": True, "top_k": 0}
+    warm = wrapper.generate(**(prompt | details | draw), temperature=0.5).scores[0]
+    assert torch.allclose(warm, log_p / 0.5, atol=1e-5)
+    few = wrapper.generate(**(prompt | details | draw | {"top_k": 2})).scores[0]
+    assert torch.equal(few.isfinite().sum(-1), torch.tensor([2, 2, 2]))
+    assert torch.equal(few.topk(2).indices, log_p.topk(2).indices)
+    nucleus = wrapper.generate(**(prompt | details | draw), top_p=0.6).scores[0]
+    plausible = wrapper.generate(**(prompt | details | draw), min_p=0.5).scores[0]
+    for row in range(3):
+        p, order = log_p[row].exp().sort(descending=True)
+        kept = int((p.cumsum(0) - p < 0.6).sum())
+        assert set(nucleus[row].isfinite().nonzero().flatten().tolist()) == set(order[:kept].tolist())
+        assert torch.equal(plausible[row].isfinite(), log_p[row].exp() >= 0.5 * p[0])
+
+
+def test_sampling_draws_from_p_hat(model: Any, prompt: dict[str, Any]) -> None:
+    wrapper = DoLaJanusWrapper(model)
+    details = prompt | {"max_new_tokens": 1}
+    p = wrapper.generate(**details, return_dict_in_generate=True, output_scores=True).scores[0].exp()
+    torch.manual_seed(0)
+    draws = wrapper.generate(**(details | {"do_sample": True}), top_k=0, num_return_sequences=200).view(3, 200)
+    for row in range(3):
+        shares = torch.bincount(draws[row], minlength=512) / 200
+        assert (shares - p[row]).abs().max() < 0.1
+        assert (shares[p[row] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_beam_sampling_of_a_batch_whose_rows_end_at_different_steps(
+    model: Any, prompt: dict[str, Any], alpha: float
+) -> None:
+    """With −∞ outside V_head, a row whose beams have all ended left torch.multinomial nothing to draw from."""
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=alpha))
+    greedy = wrapper.generate(**prompt).tolist()
+    # With alpha = 1 there is one way to go; this word ends it for row 0 while others go on.
+    ends = next(token for token in greedy[0] if token not in greedy[1])
+    step = greedy[0].index(ends)
+    torch.manual_seed(0)
+    sequences = wrapper.generate(
+        **(prompt | {"do_sample": True, "eos_token_id": ends, "pad_token_id": 0}), num_beams=3, num_return_sequences=2
+    )
+    assert sequences.shape[0] == 6
+    assert sequences.shape[1] > step + 1
+    if alpha == 1.0:
+        assert sequences[0, : step + 1].tolist() == greedy[0][: step + 1]
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 3])
+def test_beams_and_returned_sequences(model: Any, prompt: dict[str, Any], num_return_sequences: int) -> None:
+    output = DoLaJanusWrapper(model).generate(
+        **(prompt | {"max_new_tokens": 5, "eos_token_id": 511}),
+        num_beams=3,
+        num_return_sequences=num_return_sequences,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert output.sequences.shape == (3 * num_return_sequences, 5)
+    # The score of a returned sequence is the mean of its log p̂, each from an uncached forward pass.
+    sequences = output.sequences.view(3, num_return_sequences, 5)[:, 0]
+    total = np.zeros(3)
+    for t in range(5):
+        logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], sequences[:, :t])
+        log_p = oracle_scores(logits, logits[:, -1], [22, 24, 26, 28], 0.1)
+        total += log_p[np.arange(3), sequences[:, t].numpy()]
+    got = output.sequences_scores.view(3, num_return_sequences)[:, 0]
+    np.testing.assert_allclose(got.numpy(), total / 5, atol=1e-4)
+
+
+def test_input_ids(model: Any) -> None:
+    ids = torch.tensor([[480, 40, 41, 42, 43], [480, 90, 91, 92, 93]])
+    wrapper = DoLaJanusWrapper(model)
+    details = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 511, "pad_token_id": 481}
+    with torch.no_grad():
+        embeds = model.language_model.get_input_embeddings()(ids)
+    want = wrapper.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **details)
+    got = wrapper.generate(ids, attention_mask=torch.ones_like(ids), **details)
+    named = wrapper.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **details)
+    assert torch.equal(got[:, :5], ids) and torch.equal(got[:, 5:], want)
+    assert torch.equal(named, got)
+    penalised = wrapper.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **details, repetition_penalty=5.0)
+    assert not torch.equal(penalised, got)  # transformers' own penalty, which sees the prompt too
+
+
+def test_stopping_criteria_and_no_cache(model: Any, prompt: dict[str, Any]) -> None:
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 4)
+
+    wrapper = DoLaJanusWrapper(model)
+    want = wrapper.generate(**prompt)
+    assert torch.equal(wrapper.generate(**prompt, stopping_criteria=StoppingCriteriaList([Stop()])), want[:, :4])
+
+
+def test_streaming(model: Any, prompt: dict[str, Any]) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    one = prompt | {name: prompt[name][:1] for name in ("inputs_embeds", "attention_mask")}
+    wrapper, streamer = DoLaJanusWrapper(model), Streamer()
+    sequences = wrapper.generate(**one, streamer=streamer)
+    assert streamer.tokens == [*sequences[0].tolist(), -1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": object()},
+        {"assistant_early_exit": 4},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2},
+        {"guidance_scale": 1.5},
+        {"dola_layers": "high"},
+        {"custom_generate": "folder"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_cannot_work_is_refused(model: Any, prompt: dict[str, Any], arguments: dict[str, Any]) -> None:
+    name = "num_beam_groups" if "num_beam_groups" in arguments else next(iter(arguments))
+    with pytest.raises(ValueError, match=name):
+        DoLaJanusWrapper(model).generate(**prompt, **arguments)
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that must be as it was: the same objects with the same values."""
+    modules = dict(model.named_modules())
+    return {
+        "tensors": {name: (id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers())},
+        "values": {name: t.double().sum().item() for name, t in model.state_dict().items()},
+        "hooks": {
+            name: (id(module._forward_hooks), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in modules.items()
+        },
+        "forwards": {name: module.__dict__.get("forward") for name, module in modules.items()},
+        "training": {name: module.training for name, module in modules.items()},
+        "config": (id(model.language_model.config), model.language_model.config.to_json_string()),
+        "generation": (
+            id(model.language_model.generation_config),
+            model.language_model.generation_config.to_json_string(),
+        ),
+        "attributes": sorted(vars(model.language_model)),
+    }
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_model_is_as_it_was(model: Any, prompt: dict[str, Any], error: type[BaseException] | None) -> None:
+    class Fail(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if error is not None and input_ids.shape[1] == 3:
+                raise error
+            return scores
+
+    wrapper = DoLaJanusWrapper(model)
+    want = wrapper.generate(**prompt)
+    before, given = state(model), {name: prompt[name].clone() for name in ("inputs_embeds", "attention_mask")}
+    if error is None:
+        wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail()])
+    else:
+        with pytest.raises(error):
+            wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail()])
+    assert state(model) == before
+    assert all(torch.equal(prompt[name], value) for name, value in given.items())
+    assert torch.equal(wrapper.generate(**prompt), want)
+
+
+@pytest.mark.parametrize("where", ["layer", "head", "norm"])
+def test_an_error_inside_the_forward_pass_leaves_no_hook(model: Any, prompt: dict[str, Any], where: str) -> None:
+    decoder = model.language_model.model
+    module = {"layer": decoder.layers[25], "head": model.language_model.lm_head, "norm": decoder.norm}[where]
+    wrapper = DoLaJanusWrapper(model)
+    want, before = wrapper.generate(**prompt), state(model)
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_hook(fail)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wrapper.generate(**prompt)
+    finally:
+        handle.remove()
+    assert state(model) == before
+    assert torch.equal(wrapper.generate(**prompt), want)
+
+
+def test_hooks_of_others_see_the_usual_shapes(model: Any, prompt: dict[str, Any]) -> None:
+    seen = []
+    head = model.language_model.lm_head
+    handles = [
+        head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])),
+        head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1])),
+    ]
+    try:
+        DoLaJanusWrapper(model).generate(**prompt)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert set(seen) == {1}
+
+
+def test_threads_on_one_model_do_not_meet(model: Any, prompt: dict[str, Any]) -> None:
+    wrappers = [
+        DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False)),
+        DoLaJanusWrapper(model),
+        DoLaJanusWrapper(model, DoLaConfig(bucket_id=0, alpha=0.02)),
+    ]
+    details = {"return_dict_in_generate": True, "output_scores": True}
+    alone = [wrapper.generate(**prompt, **details) for wrapper in wrappers]
+    assert not torch.equal(alone[0].sequences, alone[1].sequences)
+    results: dict[tuple[int, int], Any] = {}
+    start = threading.Barrier(len(wrappers))
+
+    def work(index: int) -> None:
+        start.wait()
+        for turn in range(4):
+            results[index, turn] = wrappers[index].generate(**prompt, **details)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(wrappers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 * len(wrappers)
+    for (index, _), got in results.items():
+        assert torch.equal(got.sequences, alone[index].sequences)
+        assert all(torch.equal(a, b) for a, b in zip(got.scores, alone[index].scores, strict=True))
+
+
+def test_calls_may_nest(model: Any, prompt: dict[str, Any]) -> None:
+    """A stopping criterion that asks the same model, with DoLa, must not disturb the call it is part of."""
+    inner = DoLaJanusWrapper(model, DoLaConfig(bucket_id=0))
+    asked = []
+
+    class Ask(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            asked.append(inner.generate(**prompt))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    outer = DoLaJanusWrapper(model)
+    want = outer.generate(**prompt)
+    assert torch.equal(outer.generate(**prompt, stopping_criteria=StoppingCriteriaList([Ask()])), want)
+    assert all(torch.equal(answer, inner.generate(**prompt)) for answer in asked)
+
+
+@pytest.fixture
+def small_model() -> Iterator[Any]:
+    """A LLaMA of 8 layers of its own, for what changes a model."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,
+    }
+    yield lambda **more: SimpleNamespace(language_model=LlamaForCausalLM(LlamaConfig(**config, **more)).eval())
+
+
+IDS = torch.tensor([[5, 6, 7, 8], [20, 21, 22, 23]])
+ANSWER = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 96, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_heads_and_dtypes(small_model: Any, tied: bool, dtype: torch.dtype) -> None:
+    model = small_model(tie_word_embeddings=tied)
+    model.language_model.to(dtype)
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(candidate_layers=[2, 4, 6], alpha=0.05))
+    output = wrapper.generate(IDS, **ANSWER, return_dict_in_generate=True, output_scores=True)
+    assert all(scores.dtype == torch.float32 and not scores.isnan().any() for scores in output.scores)
+    np.testing.assert_allclose(output.scores[0].exp().sum(-1), 1, atol=1e-5)
+    with torch.no_grad():
+        plain = model.language_model(IDS, output_hidden_states=True)
+        head, norm = model.language_model.lm_head, model.language_model.model.norm
+        exits = torch.stack([head(norm(plain.hidden_states[j][:, -1])) for j in (2, 4, 6)], 1)
+    final, exits = plain.logits[:, -1].double().numpy(), exits.double().numpy()
+    want = oracle_scores(np.concatenate([exits, final[:, None]], 1), final, [1, 2, 3], 0.05)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15  # half precision rounds logits of size 8 to 1/32
+    both = np.isfinite(want) & output.scores[0].isfinite().numpy()
+    assert both.any(-1).all()
+    np.testing.assert_allclose(output.scores[0].numpy()[both], want[both], atol=tolerance)
+
+
+def test_layers_and_head_kept_elsewhere(small_model: Any, tmp_path: Any) -> None:
+    """accelerate moves inputs and weights of dispatched modules in their `forward`; the hooks must fit around that."""
+    from accelerate import dispatch_model
+
+    model = small_model()
+    config = DoLaConfig(candidate_layers=[2, 4, 6])
+    want = DoLaJanusWrapper(model, config).generate(IDS, **ANSWER)
+    homes = {"model.embed_tokens": "cpu", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    homes |= {f"model.layers.{i}": "disk" if i in (1, 3) else "cpu" for i in range(8)}
+    model.language_model = dispatch_model(model.language_model, homes, main_device="cpu", offload_dir=tmp_path)
+    assert torch.equal(DoLaJanusWrapper(model, config).generate(IDS, **ANSWER), want)
+
+
+def test_wrapper_composes(model: Any) -> None:
+    wrapper = DoLaJanusWrapper(model)
+    assert wrapper.language_model is model.language_model
+    assert wrapper.ln_out is model.language_model.model.norm
+    assert wrapper.phi is model.language_model.lm_head
+    assert wrapper.prepare_inputs_embeds.__self__ is model
+    assert not isinstance(wrapper, torch.nn.Module)
+    assert [name for name, value in vars(wrapper).items() if isinstance(value, Tensor | torch.nn.Module)] == ["model"]
+    with pytest.raises(AttributeError):
+        wrapper.nothing_of_the_kind  # noqa: B018
+    assert copy.copy(wrapper).model is model
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"alpha": 0.1}, "config must be a DoLaConfig, got dict"),
+        (DoLaConfig(candidate_layers=[31]), "candidate_layers .* got 31"),
+    ],
+)
+def test_wrapper_refuses(model: Any, config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DoLaJanusWrapper(model, config)
+
+
+def test_wrapper_refuses_a_model_without_head() -> None:
+    with pytest.raises(ValueError, match=r"language_model\.model\.layers"):
+        DoLaJanusWrapper(torch.nn.Linear(2, 2))
+
+
+def test_config_may_change_between_calls(model: Any, prompt: dict[str, Any]) -> None:
+    wrapper = DoLaJanusWrapper(model)
+    on = wrapper.generate(**prompt)
+    wrapper.config.use_dola_lm = False
+    assert torch.equal(wrapper.generate(**prompt), model.language_model.generate(**prompt))
+    assert torch.equal(wrapper.generate_with_dola(**prompt), on)
+    wrapper.config.alpha = math.nan
+    with pytest.raises(ValueError, match="alpha"):
+        wrapper.generate_with_dola(**prompt)

@@ -1,0 +1,225 @@
+"""The formulas against an independent float64 oracle in numpy and scipy, from the paper and not from the code."""
+
+import math
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, rel_entr, softmax
+
+from janus_dola import dola_runtime as dola
+
+LOGITS = st.floats(-30, 30, width=32)
+
+
+def tensor(array: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array)).to(dtype)
+
+
+def oracle_jsd(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    M = (P + Q) / 2
+    return (rel_entr(P, M).sum(-1) + rel_entr(Q, M).sum(-1)) / 2
+
+
+def oracle_contrast(logits_N: np.ndarray, logits_M: np.ndarray | None, alpha: float) -> np.ndarray:
+    """log p̂, row by row and word by word."""
+    log_p = np.full(logits_N.shape, -np.inf)
+    for row in range(len(logits_N)):
+        q_N = softmax(logits_N[row].astype(np.float64))
+        head = q_N >= alpha * q_N.max()
+        F = log_softmax(logits_N[row].astype(np.float64))
+        if logits_M is not None:
+            F = F - log_softmax(logits_M[row].astype(np.float64))
+        log_p[row, head] = log_softmax(F[head])
+    return log_p
+
+
+def rows_of_logits(*lead: int, V: int = 7) -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(np.float32, (*lead, V), elements=LOGITS)
+
+
+@given(rows_of_logits(2), rows_of_logits(2, 3))
+def test_jsd_is_the_papers(logits_P: np.ndarray, logits_Q: np.ndarray) -> None:
+    P, Q = softmax(logits_P.astype(np.float64), -1)[:, None], softmax(logits_Q.astype(np.float64), -1)
+    got = dola.jsd(tensor(P), tensor(Q))
+    assert got.shape == (2, 3)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), oracle_jsd(P, Q), atol=1e-6)
+    assert torch.equal(got, dola.jsd(tensor(Q), tensor(P))) or torch.allclose(
+        got, dola.jsd(tensor(Q), tensor(P)), atol=1e-7
+    )
+    assert ((got >= 0) & (got <= math.log(2) + 1e-7)).all()
+    np.testing.assert_allclose(
+        dola.jsd(tensor(P, torch.float64), tensor(Q, torch.float64)), oracle_jsd(P, Q), atol=1e-9
+    )
+
+
+def test_jsd_is_not_the_reversed_divergence_of_other_implementations() -> None:
+    P, Q = torch.tensor([[0.9, 0.1], [0.5, 0.5]]), torch.tensor([[0.1, 0.9], [0.01, 0.99]])
+    M = (P + Q) / 2
+    reversed_kl = (M * (M / P).log() / 2 + M * (M / Q).log() / 2).sum(-1)
+    assert (dola.jsd(P, Q) - reversed_kl).abs().min() > 0.01
+
+
+def test_jsd_of_disjoint_distributions_is_ln_2_and_of_equal_ones_0() -> None:
+    P = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    Q = torch.tensor([[0.0, 0.3, 0.7], [0.5, 0.5, 0.0]])
+    assert dola.jsd(P, Q).tolist() == pytest.approx([math.log(2), 0.0], abs=1e-7)
+
+
+@given(rows_of_logits(3), rows_of_logits(3, 4))
+def test_layer_is_chosen_row_by_row(logits_N: np.ndarray, logits_j: np.ndarray) -> None:
+    qN, qj = softmax(logits_N.astype(np.float64), -1), softmax(logits_j.astype(np.float64), -1)
+    M = dola.select_layer(tensor(qN), tensor(qj))
+    divergence = oracle_jsd(qN[:, None], qj)
+    chosen = np.take_along_axis(divergence, M.numpy()[:, None], 1)[:, 0]
+    np.testing.assert_allclose(chosen, divergence.max(1), atol=1e-6)
+    for row in range(3):  # what the others are does not matter: no averaging over the batch
+        assert dola.select_layer(tensor(qN[row : row + 1]), tensor(qj[row : row + 1])).item() == M[row]
+
+
+def test_ties_go_to_the_lowest_layer() -> None:
+    qN = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    near, far = qN, qN.flip(0)
+    assert dola.select_layer(qN, torch.stack([near, far, far], 1)).tolist() == [1, 1]
+    assert dola.select_layer(qN, torch.stack([far, near, far], 1)).tolist() == [0, 0]
+    assert dola.select_layer(qN, torch.stack([near, near, near], 1)).tolist() == [0, 0]
+
+
+@given(rows_of_logits(2, V=9), rows_of_logits(2, V=9), st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.97]))
+def test_contrast(logits_N: np.ndarray, logits_M: np.ndarray, alpha: float) -> None:
+    q = softmax(logits_N.astype(np.float64), -1)
+    if np.abs(q / (alpha * q.max(-1, keepdims=True) + 1e-300) - 1).min() < 1e-4:
+        return  # a word on the very threshold: float32 may see it on the other side
+    log_qN, log_qM = dola.log_softmax(tensor(logits_N)), dola.log_softmax(tensor(logits_M))
+    for premature, logits in ((log_qM, logits_M), (None, None)):
+        got, want = dola.contrast(log_qN, premature, alpha), oracle_contrast(logits_N, logits, alpha)
+        assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
+        np.testing.assert_allclose(got.exp().numpy(), np.exp(want), atol=2e-5)
+        np.testing.assert_allclose(got.exp().sum(-1).numpy(), 1, atol=1e-5)
+
+
+@given(rows_of_logits(2, V=5), rows_of_logits(2, V=5), st.floats(-50, 50, width=32))
+def test_shift_of_logits_changes_nothing(logits_N: np.ndarray, logits_M: np.ndarray, shift: float) -> None:
+    def decode(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
+        return dola.contrast(dola.log_softmax(tensor(a)), dola.log_softmax(tensor(b)), 0.0).exp()
+
+    assert torch.allclose(decode(logits_N, logits_M), decode(logits_N + shift, logits_M - shift), atol=1e-3)
+
+
+@given(rows_of_logits(3, V=6), rows_of_logits(3, V=6), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_contrast_with_apc_sums_to_1_on_V_head_and_is_0_elsewhere(
+    logits_N: np.ndarray, logits_M: np.ndarray, alpha: float
+) -> None:
+    qN, qM = (torch.softmax(tensor(x), -1) for x in (logits_N, logits_M))
+    before = qN.clone(), qM.clone()
+    p = dola.contrast_with_apc(qN, qM, alpha)
+    assert torch.equal(qN, before[0]) and torch.equal(qM, before[1])
+    assert not p.isnan().any()
+    np.testing.assert_allclose(p.sum(-1).numpy(), 1, atol=1e-5)
+    assert (p[qN < alpha * qN.amax(-1, keepdim=True) * (1 - 1e-5)] == 0).all()
+    assert torch.allclose(p, dola.contrast(qN.log(), qM.log(), alpha).exp(), atol=1e-5)  # the decode path's formula
+
+
+def test_alpha_0_keeps_every_word_and_alpha_1_the_argmax_alone() -> None:
+    log_qN = torch.log_softmax(torch.tensor([[1.0, 2.0, -60.0], [3.0, -1.0, 0.0]]), -1)
+    assert dola.head_mask(log_qN, 0.0).all()
+    assert dola.head_mask(log_qN, 1.0).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_fallback_M_is_N_is_q_N_and_not_uniform() -> None:
+    log_qN = torch.log_softmax(torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 1.0]]), -1)
+    assert torch.allclose(dola.contrast(log_qN, None, 0.0), log_qN, atol=1e-6)
+
+
+def test_words_ruled_out_by_a_penalty_stay_out() -> None:
+    logits_N = torch.tensor([[1.0, -math.inf, 0.5, 0.2], [-math.inf, -math.inf, 2.0, -math.inf]])
+    logits_M = torch.tensor([[1.0, 5.0, -0.5, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    for alpha in (0.0, 0.1, 1.0):
+        p = dola.contrast(dola.log_softmax(logits_N), dola.log_softmax(logits_M), alpha).exp()
+        assert (p[logits_N == -math.inf] == 0).all()
+        assert p.sum(-1).tolist() == pytest.approx([1, 1])
+        assert not dola.jsd(dola.log_softmax(logits_N).exp(), dola.log_softmax(logits_M).exp()).isnan().any()
+
+
+def test_saturated_logits() -> None:
+    logits_N = torch.tensor([[1e4, 0.0, -1e4], [3e38, -3e38, 0.0]])
+    logits_M = torch.tensor([[-1e4, 0.0, 1e4], [0.0, 0.0, 0.0]])
+    qN, qM = dola.log_softmax(logits_N).exp(), dola.log_softmax(logits_M).exp()
+    assert dola.jsd(qN, qM).tolist() == pytest.approx(oracle_jsd(qN.double().numpy(), qM.double().numpy()), abs=1e-6)
+    for alpha in (0.0, 0.1):
+        p = dola.contrast_with_apc(qN, qM, alpha)
+        assert p.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_vocabulary_of_janus_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    logits_N = rng.normal(0, 3, (2, 102_400)).astype(np.float32)
+    logits_j = (logits_N[:, None] + rng.normal(0, 1, (2, 4, 102_400))).astype(np.float32)
+    log_qN, log_qj = dola.log_softmax(tensor(logits_N)), dola.log_softmax(tensor(logits_j))
+    want = oracle_jsd(softmax(logits_N.astype(np.float64), -1)[:, None], softmax(logits_j.astype(np.float64), -1))
+    np.testing.assert_allclose(dola.jsd(log_qN.exp()[:, None], log_qj.exp()).numpy(), want, atol=1e-6)
+    got = dola.contrast(log_qN, log_qj[:, 1], 0.1).numpy()
+    want = oracle_contrast(logits_N, logits_j[:, 1], 0.1)
+    assert np.array_equal(np.isneginf(got), np.isneginf(want))
+    np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], atol=1e-4)
+
+
+def test_probs_from_hidden_norms_once_and_upcasts() -> None:
+    torch.manual_seed(0)
+    norm, head = torch.nn.LayerNorm(8), torch.nn.Linear(8, 5, bias=False)
+    h = torch.randn(3, 2, 8)
+    q = dola.compute_probs_from_hidden(h, norm, head)
+    assert q.shape == (3, 2, 5) and q.dtype == torch.float32
+    np.testing.assert_allclose(q.detach().numpy(), softmax(head(norm(h)).double().detach().numpy(), -1), atol=1e-6)
+    assert dola.compute_probs_from_hidden(h.bfloat16(), norm.bfloat16(), head.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "want"),
+    [
+        (30, ((1, 10), (11, 20), (21, 29))),
+        (24, ((1, 8), (9, 16), (17, 23))),
+        (32, ((1, 10), (11, 21), (22, 31))),
+        (4, ((1, 1), (2, 2), (3, 3))),
+    ],
+)
+def test_buckets(num_layers: int, want: tuple[tuple[int, int], ...]) -> None:
+    assert dola.buckets(num_layers) == want
+
+
+@settings(max_examples=60)
+@given(st.integers(4, 200))
+def test_buckets_share_out_the_layers_below_N(num_layers: int) -> None:
+    ranges = [range(first, last + 1) for first, last in dola.buckets(num_layers)]
+    assert [layer for part in ranges for layer in part] == list(range(1, num_layers))
+    for bucket_id, part in enumerate(ranges):
+        candidates = dola.candidates_in_bucket(num_layers, bucket_id)
+        assert set(candidates) <= set(part) and list(candidates) == sorted(set(candidates))
+        assert len(candidates) == len(part) if len(part) < 6 and len(candidates) < 3 else len(candidates) <= 5
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "bucket_id", "want"),
+    [
+        (30, 0, (2, 4, 6, 8, 10)),
+        (30, 1, (12, 14, 16, 18, 20)),
+        (30, 2, (22, 24, 26, 28)),
+        (24, 2, (18, 20, 22)),
+        (40, 1, (14, 16, 20, 22, 26)),
+        (8, 0, (1, 2)),
+        (12, 2, (9, 10, 11)),
+    ],
+)
+def test_candidates(num_layers: int, bucket_id: int, want: tuple[int, ...]) -> None:
+    assert dola.candidates_in_bucket(num_layers, bucket_id) == want
+
+
+@pytest.mark.parametrize(("num_layers", "bucket_id", "echo"), [(3, 0, "3"), (30, 3, "3"), (30, -1, "-1")])
+def test_buckets_refuse(num_layers: int, bucket_id: int, echo: str) -> None:
+    with pytest.raises(ValueError, match=f"got {echo}"):
+        dola.candidates_in_bucket(num_layers, bucket_id)
