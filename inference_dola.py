@@ -1,6 +1,5 @@
 """Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ..."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import TextStreamer
-from transformers.utils import logging
 
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaJanusWrapper, DoLaTrace
@@ -53,8 +51,6 @@ class InferenceConfig(ModelConfig):
 
 def run(argv: Sequence[str]) -> None:
     config = read_config(InferenceConfig, argv, DEFAULT)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     if config.question is None and not config.conversation and not config.images:
         config.images, config.question = [str(ROOT / DEMO_IMAGE)], DEMO_QUESTION
     # All that can be wrong without the weights is found before they are loaded.

@@ -52,13 +52,13 @@ class ModelConfig(DoLaConfig):
         return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
 
 
-def read_config(schema: type[T], argv: Sequence[str], default: Path) -> T:
+def read_config(schema: type[T], argv: Sequence[str], default: Path | None) -> T:
     """`key=value` arguments over the file that `config=FILE` names over the default file, checked against `schema`.
 
     Args:
         schema: A dataclass; keys and types must be its own.
         argv: The arguments. A key whose type is `str` takes its value as it stands, others are YAML.
-        default: The file with the defaults.
+        default: The file with the defaults, if there is one.
 
     Raises:
         ValueError: A file is missing or broken, a key is unknown, or a value is wrong.
@@ -66,7 +66,8 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path) -> T:
     # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
     text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
     texts: dict[str, str] = {}
-    overrides, files = [], [default]
+    overrides: list[str] = []
+    files = [] if default is None else [default]
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or not key:
@@ -221,9 +222,13 @@ def load_model(config: ModelConfig) -> Any:
     Raises:
         ValueError: A weight is missing, has another shape, or cannot be read.
     """
+    from transformers.utils import logging
+
     from janus.models import MultiModalityCausalLM
 
     device, dtype = pick_device(config.device, config.dtype)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
     except (OSError, RuntimeError, EOFError) as error:

@@ -1,0 +1,193 @@
+"""The command line on the golden checkpoint: what it prints, what it refuses, and before what."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CASES, CHECKPOINT, GOLDEN
+from omegaconf import OmegaConf
+
+import inference_dola
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
+
+IMAGES = GOLDEN / "expected" / "images"
+WIDE = ["model_path=" + str(CHECKPOINT), f"image={IMAGES / 'wide.png'}", "question=What is in the image?"]
+SHORT = "generation.max_new_tokens=24"
+GREEDY = CASES["single_wide"]["greedy_text"][0]
+
+
+def answer(capsys: Any, *arguments: str) -> str:
+    inference_dola.run([*WIDE, "device=cpu", SHORT, *arguments])
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_without_dola_it_prints_the_golden_answer(capsys: Any) -> None:
+    assert answer(capsys, "use_dola_lm=false") == GREEDY
+    assert answer(capsys, "use_dola_lm=true", "candidate_layers=[]", "alpha=0") == GREEDY
+
+
+def test_dola_keys_reach_the_wrapper(capsys: Any, model: Any, expected: dict[str, torch.Tensor]) -> None:
+    from janus.models import VLChatProcessor
+
+    tokenizer = VLChatProcessor.from_pretrained(CHECKPOINT).tokenizer
+    prompt = {name: expected[f"single_wide/{name}"] for name in ("inputs_embeds", "attention_mask")}
+    for overrides, config in (
+        ([], DoLaConfig()),
+        (["alpha=0.3", "bucket_id=0"], DoLaConfig(alpha=0.3, bucket_id=0)),
+        (["candidate_layers=[5,17]"], DoLaConfig(candidate_layers=[5, 17])),
+    ):
+        ids = DoLaJanusWrapper(model, config).generate(
+            **prompt, max_new_tokens=24, do_sample=False, eos_token_id=481, pad_token_id=481
+        )
+        assert answer(capsys, *overrides) == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_image_as_list_as_data_url_and_in_a_conversation(capsys: Any) -> None:
+    url = "data:image/png;base64," + base64.b64encode((IMAGES / "wide.png").read_bytes()).decode()
+    base = [WIDE[0], "device=cpu", SHORT, "use_dola_lm=false"]
+    turns = [{"role": "<|User|>", "content": "<image_placeholder>\nWhat is in the image?", "images": [url]}]
+    for given in (
+        [f"images=[{IMAGES / 'wide.png'}]", WIDE[2]],
+        [f"images={IMAGES / 'wide.png'}", WIDE[2]],
+        [f"image={url}", WIDE[2]],
+        [f"image={url}", "question=<image_placeholder>\nWhat is in the image?"],
+        ["conversation=" + json.dumps(turns)],
+    ):
+        inference_dola.run([*base, *given])
+        assert capsys.readouterr().out == GREEDY + "\n"
+
+
+def test_multi_turn_and_text_only(capsys: Any) -> None:
+    for case in ("multi_turn", "text_only"):
+        turns = CASES[case]["conversations"][0][:-1]
+        turns = [dict(turn, images=[str(GOLDEN / "expected" / i) for i in turn.get("images", [])]) for turn in turns]
+        inference_dola.run([WIDE[0], "device=cpu", SHORT, "use_dola_lm=false", "conversation=" + json.dumps(turns)])
+        assert capsys.readouterr().out == CASES[case]["greedy_text"][0] + "\n"
+
+
+def test_question_is_taken_as_it_stands() -> None:
+    for question in ("Is it red: yes?", "[1, 2]", "null", "50 % # of them", "What is ${HOME}?", "a=b", "{x"):
+        config = cli.read_config(inference_dola.InferenceConfig, ["question=" + question], inference_dola.DEFAULT)
+        assert config.question == question
+
+
+def test_config_file_is_over_the_default_and_under_the_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("alpha: 0.4\nbucket_id: 1\ngeneration:\n  max_new_tokens: 7\n")
+    config = cli.read_config(
+        inference_dola.InferenceConfig, [f"config={file}", "bucket_id=0", "generation.top_k=3"], inference_dola.DEFAULT
+    )
+    assert (config.alpha, config.bucket_id) == (0.4, 0)
+    assert config.generation == {"max_new_tokens": 7, "do_sample": False, "top_k": 3}
+
+
+def test_generation_keys_seed_and_returned_sequences(capsys: Any) -> None:
+    draw = ["generation.do_sample=true", "generation.temperature=1.5", "alpha=0"]
+    first = answer(capsys, *draw, "seed=1")
+    assert first == answer(capsys, *draw, "seed=1")
+    assert first != answer(capsys, *draw, "seed=2")
+    beams = answer(capsys, "generation.num_beams=3", "generation.num_return_sequences=2", "generation.max_new_tokens=4")
+    assert len(beams.split("\n")) == 2
+    assert answer(capsys, "use_dola_lm=false", "generation.repetition_penalty=1.3") != GREEDY
+
+
+def test_stream(capsys: Any) -> None:
+    assert answer(capsys, "stream=true") == answer(capsys)
+
+
+def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
+    out = answer(capsys, "compare=true", f"trace={tmp_path / 'out'}")
+    assert f"DoLa off  {GREEDY}" in out
+    assert f"DoLa on   {answer(capsys)}" in out
+    assert len(re.findall(r"\(\d+ tokens, 0\.\d+ seconds per token\)", out)) == 2
+    trace = DoLaTrace.load(tmp_path / "out" / "trace.jsonl")
+    assert "layers    " + " ".join(map(str, trace.layers[0, : trace.lengths[0]].tolist())) in out
+    assert set(trace.layers[0].tolist()) <= {22, 24, 26, 28}
+    assert (tmp_path / "out" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image=nowhere.png"], "there is no file 'nowhere.png'"),
+        ([f"image={CHECKPOINT / 'config.json'}"], "config.json' is not an image"),
+        (["question=<image_placeholder> <image_placeholder> Which?"], "got 1 for 2"),
+        (["alhpa=0.2"], "unknown key 'alhpa', did you mean 'alpha'"),
+        (["generation.max_new_tokns=2"], "did you mean 'generation.max_new_tokens'"),
+        (["alpha=1.5"], "alpha must be in [0, 1], got 1.5"),
+        (["alpha=high"], "alpha: Value 'high'"),
+        (["bucket_id=3"], "bucket_id must be 0, 1 or 2, got 3"),
+        (["candidate_layers=[0]"], "candidate_layers must be whole numbers from 1"),
+        (["candidate_layers=[31]"], "must be in 1...30, the model's layers, got 31"),
+        (["question="], "question must not be empty"),
+        (["question=  "], "question must not be empty"),
+        (["model_path=" + str(GOLDEN)], "no checkpoint: it has no config.json"),
+        (["model_path=/nowhere/at/all"], "model_path must be a folder or a name on the hub"),
+        (["device=tpu9"], "device must be auto, cpu, cuda or mps"),
+        (["device=cuda:77"], "device must be auto, cpu, cuda or mps"),
+        (["dtype=float8"], "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        (["config=nowhere.yaml"], "config must name a file that can be read, got 'nowhere.yaml'"),
+        (["alpha"], "arguments must be written key=value, got 'alpha'"),
+        (["roles=[one]"], "roles must be two names"),
+        (["conversation=[{content: 5}]"], "turn 1 must have content"),
+        (["seed=${oc.env:HOME}"], "seed must not use an interpolation"),
+    ],
+    ids=lambda value: value[0][:30] if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_before_the_weights_are_loaded(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
+    given = WIDE[:1] if any(a.startswith("conversation") for a in arguments) else WIDE
+    monkeypatch.setattr(sys, "argv", ["inference_dola.py", *given, *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(inference_dola.run)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ") and message in err
+
+
+def test_exit_code_and_stderr_of_the_real_command() -> None:
+    command = [sys.executable, str(inference_dola.ROOT / "inference_dola.py"), *WIDE, "alhpa=0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown key 'alhpa', did you mean 'alpha'?\n"
+
+
+def test_default_yaml_has_a_comment_for_every_key_and_the_dataclass_defaults() -> None:
+    lines = inference_dola.DEFAULT.read_text(encoding="utf-8").splitlines()
+    keys = [key for key in vars(inference_dola.InferenceConfig()) if key != "image"]
+    for key in keys:
+        assert any(re.match(rf"{key}:.*#", line) for line in lines), key
+    config = cli.read_config(inference_dola.InferenceConfig, [], inference_dola.DEFAULT)
+    assert config.dola() == DoLaConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "model_path", "roles", "layers"),
+    [
+        ("janus_1.3b", "deepseek-ai/Janus-1.3B", ["User", "Assistant"], 24),
+        ("janus_pro_1b", "deepseek-ai/Janus-Pro-1B", ["<|User|>", "<|Assistant|>"], 24),
+        ("janus_pro_7b", "deepseek-ai/Janus-Pro-7B", ["<|User|>", "<|Assistant|>"], 30),
+    ],
+)
+def test_configs_of_the_published_models(name: str, model_path: str, roles: list[str], layers: int) -> None:
+    file = inference_dola.ROOT / "configs" / f"{name}.yaml"
+    config = cli.read_config(inference_dola.InferenceConfig, [f"config={file}"], inference_dola.DEFAULT)
+    assert (config.model_path, config.roles) == (model_path, roles)
+    assert config.resolve_layers(layers) == {24: (18, 20, 22), 30: (22, 24, 26, 28)}[layers]
+    assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id"}
+
+
+def test_auto_device_and_dtype() -> None:
+    device, dtype = cli.pick_device("auto", "auto")
+    assert dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert device.type in ("cuda", "mps", "cpu")
+    assert cli.pick_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
