@@ -1,6 +1,6 @@
 """The picture of a trace. Needs matplotlib, the extra `viz`."""
 
-from functools import lru_cache
+from itertools import accumulate
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -8,39 +8,66 @@ if TYPE_CHECKING:
     from janus_dola.trace import DoLaTrace
 
 STEPS_PER_PANEL = 40
-# Fonts for what matplotlib's own lacks, in order of preference; those not installed are passed over.
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
-         "WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
-         "Noto Sans", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Emoji")  # fmt: skip
-VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍", "$": r"\$"})  # $ would start mathematics
+FONT = "DejaVu Sans"  # comes with matplotlib
+# Preferred, in this order, for what FONT lacks; any other installed font serves, too.
+FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
+         "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
+NO_GLYPHS = ("last resort", "lastresort", "blank", "color")  # boxes for everything; pictures that Agg cannot draw
+VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
-@lru_cache
-def installed_fonts() -> tuple[list[str], frozenset[int]]:
-    """Those of `FONTS` that are installed, and the characters they have."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+def fonts(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Installed families that together have the characters, as far as any has, and those that none has."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-    families: list[str] = []
-    characters: set[int] = set()
-    for family in FONTS:
+    def glyphs(path: str) -> set[str]:
         try:
-            path = findfont(FontProperties(family=[family]), fallback_to_default=False)
-        except ValueError:
+            return {chr(code) for code in get_font(path).get_charmap()}
+        except (OSError, RuntimeError):  # not a font that FreeType reads
+            return set()
+
+    families, missing = [FONT], characters - glyphs(findfont(FontProperties(family=[FONT])))
+    regular = [f for f in fontManager.ttflist if f.style == "normal" and f.weight in (400, "normal", "regular")]
+    regular.sort(key=lambda font: (FONTS.index(font.name) if font.name in FONTS else len(FONTS), font.name))
+    for font in regular:
+        if not missing:
+            break
+        if any(part in font.name.lower() for part in NO_GLYPHS) or not missing & (has := glyphs(font.fname)):
             continue
-        families.append(family)
-        characters |= get_font(path).get_charmap().keys()
-    return families, frozenset(characters)
+        families.append(font.name)
+        missing = missing - has
+    return families, missing
 
 
-def label(tokenizer: Any, token: int) -> str:
-    """A token as a reader can tell it: spaces and line ends visible, what no font has as its code point."""
-    text = tokenizer.decode([token])
-    if not text or "\ufffd" in text:  # byte-level tokens may hold a part of a character
-        text = f"<{token}>"
-    _, characters = installed_fonts()
-    text = ("␣" + text[1:] if text.startswith(" ") else text).translate(VISIBLE)
-    text = "".join(c if ord(c) in characters else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 14 else text[:13] + "…"
+def labels(tokenizer: Any, tokens: list[int]) -> tuple[list[str], list[str]]:
+    """Tokens as a reader can tell them, and the font families to write them in.
+
+    A character that byte-level tokens share stands at the first of them, with "·" at the others; a token that is no
+    text is its number. White space is made visible, and what no font has is its code point.
+    """
+    texts: list[str] = []
+    while len(texts) < len(tokens):
+        start = len(texts)
+        for stop in range(start + 1, min(start + 8, len(tokens)) + 1):  # a token may have bytes of two characters
+            text = tokenizer.decode(tokens[start:stop])
+            if text and "\ufffd" not in text:
+                texts += [text.translate(VISIBLE)] + ["·"] * (stop - start - 1)
+                break
+        else:
+            texts.append(f"<{tokens[start]}>")
+    families, missing = fonts(set("".join(texts)))
+
+    def escaped(c: str) -> str:
+        return c if c.isprintable() and c not in missing else c.encode("unicode_escape").decode()
+
+    pieces = [[escaped(c) for c in text] for text in texts]
+    short = ["".join(p) if len("".join(p)) <= 14 else "".join(p[: max(1, cut(p, 13))]) + "…" for p in pieces]
+    return [text.replace("$", r"\$") for text in short], families  # $ would start mathematics
+
+
+def cut(pieces: list[str], width: int) -> int:
+    """How many of the pieces, from the first, fit into `width` characters."""
+    return sum(total <= width for total in accumulate(map(len, pieces)))
 
 
 def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence: int) -> None:
@@ -53,14 +80,14 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
         raise ImportError("DoLaTrace.heatmap needs matplotlib: pip install 'janus-dola[viz]'") from error
 
     length, layers = int(trace.lengths[sequence]), trace.traced_layers
-    labels = [label(tokenizer, token) for token in trace.tokens[sequence, :length].tolist()]
+    names, families = labels(tokenizer, trace.tokens[sequence, :length].tolist())
     panels = max(1, -(-length // STEPS_PER_PANEL))
     columns = min(length, STEPS_PER_PANEL)
     row_height = 0.32 if len(layers) <= 8 else 0.16
-    families, _ = installed_fonts()
+    strip = 0.24 / row_height  # above the layers, for the marks of changed steps
     with rc_context({"font.family": families, "font.size": 9}):
         figure = Figure(
-            figsize=(max(5.0, 0.3 * columns + 1.8), panels * (row_height * len(layers) + 1.15) + 0.5),
+            figsize=(max(5.0, 0.3 * columns + 1.8), panels * (row_height * len(layers) + 1.35) + 0.5),
             layout="constrained",
         )
         FigureCanvasAgg(figure)
@@ -73,12 +100,12 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
             image = axis.imshow(
                 jsd[steps.start : steps.stop].T.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=top
             )
-            axis.set_ylim(-0.5, len(layers) - 0.5)
+            axis.set_ylim(-0.5, len(layers) - 0.5 + strip)
             axis.set_xlim(-0.5, columns - 0.5)  # the last panel may be short: its cells stay as wide as the others'
             every = 1 if len(layers) <= 15 else 4
             axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
             axis.set_xticks(
-                range(len(steps)), [labels[t] for t in steps], rotation=60, ha="right", rotation_mode="anchor"
+                range(len(steps)), [names[t] for t in steps], rotation=60, ha="right", rotation_mode="anchor"
             )
             axis.set_ylabel("layer")
             chosen = [
@@ -93,13 +120,12 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
                 label="M, the layer chosen",
             )
             for x in changed:
-                axis.get_xticklabels()[x].set(color="crimson", fontweight="bold")
+                axis.get_xticklabels()[x].set_color("crimson")
             axis.scatter(
-                changed, [len(layers) - 0.25] * len(changed), marker="v", s=30, c="crimson", clip_on=False,
+                changed, [len(layers) - 0.5 + strip / 2] * len(changed), marker="v", s=30, c="crimson",
                 label="the final layer alone would differ",
             )  # fmt: skip
         if image is not None:
             figure.colorbar(image, ax=list(axes), label="JSD(q_N ‖ q_j), nats", pad=0.01)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
         figure.savefig(path, dpi=130)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -215,6 +216,55 @@ class DoLaJanusWrapper:
         if trace is not None:
             trace.finish(getattr(output, "sequences", output), settings.get("pad_token_id"))
         return output
+
+    def score(
+        self,
+        inputs_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        continuation_ids: Tensor,
+        continuation_mask: Tensor | None = None,
+        configs: Sequence[DoLaConfig] | None = None,
+        apc_floor: float = -1000.0,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Log-probabilities of given continuations: log p̂, or log q_N where `use_dola_lm` is false.
+
+        One teacher-forced forward pass serves all configurations. Each position of each row is read as a decode step
+        reads it (without penalties), in chunks, so that memory does not grow with the length of the continuations.
+
+        Args:
+            inputs_embeds: Prompts, [rows, P, d], padded on the left. Or else `input_ids`, [rows, P].
+            attention_mask: 0 on the prompts' padding, [rows, P]; all 1 by default.
+            continuation_ids: [rows, T], padded on the right with anything.
+            continuation_mask: 0 on the continuations' padding, [rows, T]; all 1 by default.
+            configs: Score under each of these in place of `config`.
+            apc_floor: The score of a token outside V_head, −1000 as in the paper's multiple-choice protocol.
+            chunk_size: Positions read out at a time; by default as many as keep below 300 MB at Janus' vocabulary.
+
+        Returns:
+            float32 [rows, T], 0 where the continuation is padding; [configs, rows, T] if `configs` is given.
+
+        Raises:
+            ValueError: A shape, a mask, an id or a config does not fit.
+        """
+        from janus_dola.score import score  # which needs this module
+
+        if configs is not None and (not configs or not all(isinstance(config, DoLaConfig) for config in configs)):
+            raise ValueError(f"configs must be a list of at least one DoLaConfig, got {configs!r}")
+        scores = score(
+            self.language_model,
+            [replace(config) for config in ([self.config] if configs is None else configs)],  # checked again
+            inputs_embeds,
+            input_ids,
+            attention_mask,
+            continuation_ids,
+            continuation_mask,
+            apc_floor,
+            chunk_size,
+        )
+        return scores[0] if configs is None else scores
 
     def _generate(self, processors: list[LogitsProcessor], *args: Any, **kwargs: Any) -> Any:
         """`language_model.generate` with `processors` after the caller's own."""

@@ -1,7 +1,9 @@
 """The Janus model: vision tower, image tokenizer and LLaMA text decoder (`janus/models/modeling_vlm.py`)."""
 
+import copy
 from typing import Any, ClassVar
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -22,12 +24,20 @@ class Params(dict):
 
 
 class ComponentConfig(PretrainedConfig):
-    """A part of the model: `cls`, its class by name, and `params`, that class's arguments."""
+    """A part of the model: `cls`, its class by name, `params`, that class's arguments, and the part's `model_type`."""
 
-    def __init__(self, cls: str = "", params: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, cls: str = "", params: dict[str, Any] | None = None, model_type: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.cls = cls
         self.params = Params(params or {})
+        self.model_type = model_type  # type: ignore[misc]  # a class variable in transformers; here, each part has its own
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published keys; transformers would add its own to each part, and write an empty `model_type`."""
+        written = {"cls": self.cls, "model_type": self.model_type, "params": copy.deepcopy(dict(self.params))}
+        return written | {"transformers_version": transformers.__version__}  # which the whole takes out again
 
 
 class MultiModalityConfig(PretrainedConfig):
@@ -58,7 +68,7 @@ class MultiModalityConfig(PretrainedConfig):
         for name, (cls, params) in self.components.items():
             config = given[name]
             if not isinstance(config, ComponentConfig):
-                config = ComponentConfig(**({"cls": cls} | config))
+                config = ComponentConfig(**({"cls": cls, "model_type": name.removesuffix("_config")} | config))
             config.params = Params(params | config.params)
             setattr(self, name, config)
         super().__init__(**kwargs)

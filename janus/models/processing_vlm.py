@@ -1,7 +1,9 @@
 """Conversations and images to model inputs (`janus/models/processing_vlm.py`)."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +89,6 @@ def load_tokenizer(pretrained_model_name_or_path: str, **kwargs: Any) -> PreTrai
     tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
     config = get_tokenizer_config(pretrained_model_name_or_path, **kwargs)
     tokenizer.add_bos_token = config.get("add_bos_token", True)  # LlamaTokenizer's default
-    tokenizer.init_kwargs["add_bos_token"] = tokenizer.add_bos_token  # for save_pretrained
     return tokenizer
 
 
@@ -151,6 +152,10 @@ class VLChatProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Writes the published files: processor_config.json, preprocessor_config.json and the tokenizer's."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # transformers 5 leaves add_bos_token out, and who reads the file takes its absence for true.
+        path = Path(save_directory) / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": self.tokenizer.add_bos_token}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return files + self.image_processor.save_pretrained(save_directory)
 
     def _token_id(self, tag: str) -> int:

@@ -1,7 +1,6 @@
 """Loading of images and of pretrained models (`janus/utils/io.py`)."""
 
 import base64
-import binascii
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -50,13 +49,15 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
     Raises:
         ValueError: There is no such file, or it is not an image that can be read.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"images must hold paths or data URLs, got {source!r}")
     name = str(source)
     shown = name if len(name) <= 80 else name[:60] + "..."
+    header, _, payload = name.partition(",")
+    if name.startswith("data:") and not (header.startswith("data:image") and header.endswith(";base64")):
+        raise ValueError(f"images: a data URL must start with data:image/TYPE;base64, got {shown!r}")
     try:
         if name.startswith("data:"):
-            header, _, payload = name.partition(",")
-            if not header.startswith("data:image") or not header.endswith(";base64"):
-                raise ValueError(f"images: a data URL must start with data:image/TYPE;base64, got {shown!r}")
             with PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as image:
                 return image.convert("RGB")
         with PIL.Image.open(source) as image:
@@ -65,8 +66,9 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
         raise ValueError(f"images: there is no file {shown!r}") from error
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"images: {shown!r} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, binascii.Error, PIL.Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read.
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read; base64
+        # raises ValueError for what is not base64, and open() for a path with a null character.
         raise ValueError(f"images: cannot read {shown!r}: {error}") from error
 
 
@@ -77,6 +79,9 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Imag
         conversations: Its turns; a turn may have `images`, a list of paths or data URLs.
 
     Raises:
-        ValueError: An image is missing or broken.
+        ValueError: An image is missing or broken, or `images` is no list.
     """
+    for message in conversations:
+        if isinstance(message.get("images", ()), (str, os.PathLike)):
+            raise ValueError(f"images must be a list of paths or data URLs, got {message['images']!r}")
     return [load_image(source) for message in conversations for source in message.get("images", ())]
