@@ -1,5 +1,6 @@
 """Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ..."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from janus_dola.cli import (
 
 ROOT = Path(__file__).parent
 DEFAULT = ROOT / "configs" / "default.yaml"
-DEMO_IMAGE, DEMO_QUESTION = "demo/images/scene.png", "What is in the image?"
+DEMO_IMAGE, DEMO_QUESTION = "tests/golden/expected/images/wide.png", "What is in the image?"
+RANDOM = ROOT / "tests" / "golden" / "tiny_janus"  # the default model, until there is a trained one as small
 
 
 @dataclass
@@ -61,6 +63,8 @@ def run(argv: Sequence[str]) -> None:
     processor = load_processor(config)
     inputs = processor(conversations=turns, images=pil_images).to(device, dtype)
     model = DoLaJanusWrapper(load_model(config), config.dola())
+    if Path(config.model_path).resolve() == RANDOM:
+        print("note: this model has random weights, made for tests; its answers mean nothing", file=sys.stderr)
 
     tokenizer = processor.tokenizer
     with torch.inference_mode():

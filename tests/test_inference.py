@@ -97,6 +97,11 @@ def test_generation_keys_seed_and_returned_sequences(capsys: Any) -> None:
     assert answer(capsys, "use_dola_lm=false", "generation.repetition_penalty=1.3") != GREEDY
 
 
+def test_default_model_says_that_it_answers_nonsense(capsys: Any) -> None:
+    inference_dola.run([SHORT])
+    assert "random weights" in capsys.readouterr().err
+
+
 def test_stream(capsys: Any) -> None:
     assert answer(capsys, "stream=true") == answer(capsys)
 

@@ -1,0 +1,85 @@
+"""The benchmarks run, and their reports say what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import latency
+from janus_dola.readout import Readout
+
+TINY = ["shape=tiny", "batch=2", "layers=2", "prompt=9", "tokens=3", "device=cpu"]
+
+
+def test_latency_writes_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latency.run([*TINY, "layers=[1,2]", "rounds=2", "memory=false", f"out={tmp_path / 'report'}"])
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert [(result["layers"], result["batch"]) for result in document["results"]] == [(1, 2), (2, 2)]
+    for result in document["results"]:
+        assert list(result["variants"]) == list(latency.VARIANTS)
+        for variant, entry in result["variants"].items():
+            assert len(entry["token_runs_s"]) == len(entry["prefill_runs_s"]) == 2
+            assert entry["token_s"] > 0 and entry["prefill_s"] > 0
+            first, median, third = entry["token_ratio"]
+            assert first <= median <= third
+            assert variant != "baseline" or first == third == 1
+    text = (tmp_path / "report.md").read_text()
+    assert capsys.readouterr().out == text
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 2 * len(latency.VARIANTS)
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {13}
+
+
+def test_peak_memory_is_of_the_run() -> None:
+    options = latency.parse(TINY)
+    peak = latency.peak_memory(options, latency.Setting("tiny", 2, 2, 1), "dola")
+    assert 50 * 2**20 < peak < 64 * 2**30
+
+
+@pytest.mark.parametrize("variant", ["one call per exit", "hidden states"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_variants_decode_what_dola_decodes(variant: str, beams: int) -> None:
+    """Otherwise their times would not be comparable."""
+    with torch.inference_mode():
+        model = latency.build("tiny", torch.device("cpu"), torch.float32)
+        prompt = latency.prompt_for(model, latency.Setting("tiny", 2, 2, beams), 9) | {"max_new_tokens": 6}
+        want = latency.generate(model, "dola", 2, **prompt)
+        assert torch.equal(latency.generate(model, variant, 2, **prompt), want)
+        layers = latency.candidates(6, 2)
+        exits = []
+        for readout_class in (Readout, latency.VARIANTS[variant]):
+            with readout_class(model, layers) as readout:
+                model(
+                    inputs_embeds=prompt["inputs_embeds"],
+                    output_hidden_states=variant == "hidden states",
+                    logits_to_keep=1,
+                )
+                exits.append(readout.take())
+        assert torch.allclose(*exits, atol=1e-5)
+
+
+def test_quartiles_are_of_paired_ratios() -> None:
+    times = {"baseline": [(1.0, 1.0), (2.0, 10.0), (4.0, 2.0)], "dola": [(1.0, 2.0), (2.0, 20.0), (6.0, 4.0)]}
+    summary = latency.summarize(times, {"baseline": 100, "dola": 110})
+    assert summary["dola"]["token_ratio"] == [2, 2, 2]  # although the machine's speed changed tenfold
+    assert summary["dola"]["prefill_ratio"] == [1, 1, 1.25]
+    assert summary["dola"]["peak_ratio"] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("shape=2b", "shape must be some of demo, 1b, 7b, tiny, got '2b'"),
+        ("variants=[dola]", "variants must begin with baseline"),
+        ("rounds=0", "rounds must be a whole number of at least 1, got 0"),
+        ("batch=[1,x]", "batch must be a whole number of at least 1, got 'x'"),
+        ("round=1", "unknown key 'round', did you mean 'rounds'"),
+        ("layers=3", "layers must be at most 2 for 6 layers, got 3"),
+        ("out=/nowhere/at/all", "out must be in a folder that exists"),
+        ("fast", "arguments must be written key=value, got 'fast'"),
+    ],
+)
+def test_latency_refuses(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        latency.run([*TINY, argument])
