@@ -5,7 +5,7 @@ VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --
 .PHONY: demo test lint test-floor clean
 
 demo: .venv/installed
-	.venv/bin/python inference_dola.py compare=true trace=outputs generation.max_new_tokens=24
+	.venv/bin/python inference_dola.py compare=true trace=outputs
 
 test: .venv/installed
 	.venv/bin/python -m pytest

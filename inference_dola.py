@@ -1,6 +1,6 @@
 """Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ..."""
 
-import sys
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,8 +25,7 @@ from janus_dola.cli import (
 
 ROOT = Path(__file__).parent
 DEFAULT = ROOT / "configs" / "default.yaml"
-DEMO_IMAGE, DEMO_QUESTION = "tests/golden/expected/images/wide.png", "What is in the image?"
-RANDOM = ROOT / "tests" / "golden" / "tiny_janus"  # the default model, until there is a trained one as small
+DEMO_IMAGE, DEMO_QUESTION = "demo/images/scene.png", "Describe the image."
 
 
 @dataclass
@@ -54,7 +53,7 @@ class InferenceConfig(ModelConfig):
 def run(argv: Sequence[str]) -> None:
     config = read_config(InferenceConfig, argv, DEFAULT)
     if config.question is None and not config.conversation and not config.images:
-        config.images, config.question = [str(ROOT / DEMO_IMAGE)], DEMO_QUESTION
+        config.images, config.question = [os.path.relpath(ROOT / DEMO_IMAGE)], DEMO_QUESTION
     # All that can be wrong without the weights is found before they are loaded.
     turns = build_conversation(config.roles, config.question, config.images, config.conversation)
     pil_images = load_pil_images(turns)
@@ -63,8 +62,6 @@ def run(argv: Sequence[str]) -> None:
     processor = load_processor(config)
     inputs = processor(conversations=turns, images=pil_images).to(device, dtype)
     model = DoLaJanusWrapper(load_model(config), config.dola())
-    if Path(config.model_path).resolve() == RANDOM:
-        print("note: this model has random weights, made for tests; its answers mean nothing", file=sys.stderr)
 
     tokenizer = processor.tokenizer
     with torch.inference_mode():
@@ -95,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
             **arguments, **({"trace": trace} if trace else {}), **({"streamer": streamer} if streamer else {})
         )
         seconds = time.perf_counter() - start
-        answers = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        answers = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
         if config.compare:
             tokens = int((sequences[0] != tokenizer.eos_token_id).sum()) + 1
             label = f"DoLa {'on' if use_dola_lm else 'off'}"

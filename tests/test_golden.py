@@ -242,7 +242,7 @@ def test_decode_code_is_decode_of_the_quantised_features(model: Any, expected: d
             vq.decode_code(codes.view(3, 4, 4)),
             vq(images)[0],
         ):
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 def understand(model_path: Any, question: str, image: str) -> tuple[Any, Any, str]:
@@ -365,7 +365,7 @@ def test_published_loop_in_float32_is_golden(model: Any, processor: Any, expecte
     tokens, images = paint(model, processor, PROMPT, temperature=1e-4, **SIZES)
     assert tokens.tolist() == expected["t2i/tokens"].tolist()
     want = ((expected["t2i/decoded"] + 1) / 2 * 255).clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    assert np.abs(images.astype(float) - want).max() <= 1
+    assert np.abs(images.astype(float) - np.floor(want)).max() <= 1
 
 
 def test_outputs_are_dataclasses(processor: Any) -> None:

@@ -1,0 +1,110 @@
+"""Draws demo/images: pictures of the test set, and two drawn as no set is, with questions and their exact answers.
+
+    python -m demo.images [--out FOLDER] [--model CHECKPOINT]
+
+questions.json says of each question whether the checkpoint, with DoLa off, answers it exactly right; the tests hold it
+to those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from demo.evaluate import answers
+from demo.scenes import COLOURS, KINDS, PRESENCES, Item, Question, Scene, Thing, ask, sample_scene
+from janus.models import MultiModalityCausalLM, VLChatProcessor
+from janus_dola import DoLaConfig, DoLaJanusWrapper
+
+SIDE = 256
+
+
+def pictures() -> dict[str, tuple[Scene, Image.Image]]:
+    """Each picture by its file's name, with the scene that it shows.
+
+    The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a coloured background
+    that darkens downwards, `wide.png` is not square, and its things are small: training showed neither.
+    """
+    found: dict[str, tuple[Scene, Image.Image]] = {}
+    for name, count in (("scene.png", 3), ("one.png", 1), ("two.png", 2), ("four.png", 4)):
+        index = 0
+        while not _clear(scene := sample_scene("test", 1, index), count):
+            index += 1
+        found[name] = (scene, scene.render(SIDE))
+    sky = _scene((198, 219, 240), ("red circle", "top left", 0.36), ("green triangle", "bottom right", 0.34))
+    found["sky.png"] = (sky, _darkened(sky.render(SIDE), sky.background))
+    wide = _scene((252, 246, 225), ("blue square", "top right", 0.2), ("purple cross", "bottom left", 0.21))
+    found["wide.png"] = (wide, wide.render(SIDE).crop((0, SIDE // 8, SIDE, SIDE - SIDE // 8)))
+    return found
+
+
+def _clear(scene: Scene, count: int) -> bool:
+    """Whether it shows `count` things, all of other colours and, if there are at most three, of other shapes."""
+    things = [item.thing for item in scene.items]
+    shapes = {thing.shape for thing in things}
+    return len(things) == count == len({thing.colour for thing in things}) and len(shapes) >= min(count, 3)
+
+
+def _scene(background: tuple[int, int, int], *items: tuple[str, str, float]) -> Scene:
+    """A scene written down: things, their places and sizes, each in the middle of its quarter."""
+    made = []
+    for name, place, size in items:
+        colour, shape = name.split()
+        x, y = 0.75 if "right" in place else 0.25, 0.75 if "bottom" in place else 0.25
+        made.append(Item(Thing(colour, shape), place, x, y, size, COLOURS[colour]))
+    return Scene(background, tuple(made))
+
+
+def _darkened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The picture with its background falling off to three quarters of its light, from top to bottom."""
+    result = image.copy()
+    for y in range(image.height):
+        light = 1 - 0.25 * y / (image.height - 1)
+        row = tuple(round(level * light) for level in background)
+        for x in range(image.width):
+            if image.getpixel((x, y)) == background:
+                result.putpixel((x, y), row)
+    return result
+
+
+def questions(scene: Scene, seed: int) -> list[Question]:
+    """One question of each kind that the scene allows, and of presence questions one of each sort."""
+    rng = random.Random(seed)
+    sorts = [
+        (kind, presence) for kind in KINDS for presence in PRESENCES if kind == "presence" or presence == "present"
+    ]
+    asked = (ask(scene, kind, rng, presence) for kind, presence in sorts)
+    return [question for question in asked if question is not None]
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.images", description="Draws the demo's pictures.")
+    here = Path(__file__).parent
+    parser.add_argument("--out", type=Path, default=here / "images", help="folder of the pictures (%(default)s)")
+    parser.add_argument("--model", default=str(here / "checkpoint"), help="checkpoint folder (%(default)s)")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    if not (Path(options.model) / "config.json").is_file():
+        parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
+    model = MultiModalityCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False))
+    processor = VLChatProcessor.from_pretrained(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for seed, (name, (scene, image)) in enumerate(pictures().items()):
+        image.save(options.out / name, optimize=True)
+        asked = questions(scene, seed)
+        given = answers(wrapper, processor, [(image, question.text) for question in asked])
+        table[name] = [q._asdict() | {"right": text == q.answer} for q, text in zip(asked, given, strict=True)]
+    (options.out / "questions.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
