@@ -271,3 +271,11 @@ def test_an_image_that_cannot_be_read(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_pil_images([{"role": "<|User|>", "content": TAG, "images": [source]}])
     assert "images" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_output_takes_assignment_by_key_as_published() -> None:
+    processor = VLChatProcessor.from_pretrained(CHECKPOINT)
+    turns = [{"role": "<|User|>", "content": "Hello"}, {"role": "<|Assistant|>", "content": ""}]
+    batch = processor(conversations=turns)
+    batch["attention_mask"] = batch["attention_mask"] * 0
+    assert batch.attention_mask.sum() == 0

@@ -26,6 +26,9 @@ class DictOutput(Mapping):
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
     def __len__(self) -> int:
         return len(fields(self))  # type: ignore[arg-type]
 
