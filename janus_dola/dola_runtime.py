@@ -66,6 +66,28 @@ def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
     return jsd(qN.unsqueeze(-2), qj).argmax(-1)
 
 
+def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
+    """M of each row, and its log q_M.
+
+    Args:
+        log_qj: The exits' log-probabilities, [rows, J, V].
+        divergence: JSD(q_N ‖ q_j), [rows, J]; not needed for one candidate.
+        candidates: Indices into J to choose from, lowest layer first; at least one.
+
+    Returns:
+        Index into J, int64 [rows], and [rows, V].
+    """
+    rows = torch.arange(len(log_qj), device=log_qj.device)
+    if len(candidates) == 1 or divergence is None:
+        M = torch.full_like(rows, candidates[0])
+    elif len(candidates) == divergence.shape[1]:
+        M = divergence.argmax(-1)
+    else:
+        index = torch.tensor(candidates, device=log_qj.device)
+        M = index[divergence[:, index].argmax(-1)]
+    return M, log_qj[rows, M]
+
+
 def head_mask(log_qN: Tensor, alpha: float) -> Tensor:
     """V_head = { x : q_N(x) ≥ α max q_N } (eq. 4, adaptive plausibility constraint), compared in log space.
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import contrast, jsd, log_softmax
+from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature
 from janus_dola.readout import _local
-from janus_dola.wrapper import premature
 
 CHUNK_ELEMENTS = 2**22  # of float32 logits in a chunk: 16 MiB in each of the about ten tensors that a chunk needs
 

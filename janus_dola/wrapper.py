@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import contrast, jsd, log_softmax
+from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature
 from janus_dola.readout import Readout
+from janus_dola.score import score
 from janus_dola.trace import DoLaTrace, TraceCriteria
 
 # Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
@@ -88,28 +89,6 @@ class DoLaLogitsProcessor(LogitsProcessor):
         if same:
             return scores
         return log_p if self.floor == -math.inf else log_p.clamp(min=self.floor)
-
-
-def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
-    """M of each row, and its log q_M.
-
-    Args:
-        log_qj: The exits' log-probabilities, [rows, J, V].
-        divergence: JSD(q_N ‖ q_j), [rows, J]; not needed for one candidate.
-        candidates: Indices into J to choose from, lowest layer first; at least one.
-
-    Returns:
-        Index into J, int64 [rows], and [rows, V].
-    """
-    rows = torch.arange(len(log_qj), device=log_qj.device)
-    if len(candidates) == 1 or divergence is None:
-        M = torch.full_like(rows, candidates[0])
-    elif len(candidates) == divergence.shape[1]:
-        M = divergence.argmax(-1)
-    else:
-        index = torch.tensor(candidates, device=log_qj.device)
-        M = index[divergence[:, index].argmax(-1)]
-    return M, log_qj[rows, M]
 
 
 class DoLaJanusWrapper:
@@ -249,8 +228,6 @@ class DoLaJanusWrapper:
         Raises:
             ValueError: A shape, a mask, an id or a config does not fit.
         """
-        from janus_dola.score import score  # which needs this module
-
         if configs is not None and (not configs or not all(isinstance(config, DoLaConfig) for config in configs)):
             raise ValueError(f"configs must be a list of at least one DoLaConfig, got {configs!r}")
         scores = score(
