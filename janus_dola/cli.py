@@ -169,9 +169,10 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     Raises:
         ValueError: The device is unknown, or not on this machine.
     """
+    from janus.utils.io import default_device
+
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = default_device().type
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -190,7 +191,7 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         ValueError: There is no Janus checkpoint, or the DoLa keys do not fit its number of layers.
     """
-    # The only place where janus_dola knows janus: the command lines. The library wraps the published package, too.
+    # Only the command lines know janus: the library wraps the published package, too.
     from janus.models import MultiModalityConfig, VLChatProcessor
 
     path = config.model_path
