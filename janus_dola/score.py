@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature
+from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature, softmax
 from janus_dola.readout import _local
 
 CHUNK_ELEMENTS = 2**22  # of float32 logits in a chunk: 16 MiB in each of the about ten tensors that a chunk needs
@@ -79,11 +79,11 @@ def _read(
         exits_normed = language_model.model.norm(torch.stack(exits, dim=1)).to(hidden)  # [c, J, d]
         hidden = torch.cat([hidden.unsqueeze(1), exits_normed], dim=1)
         logits = language_model.lm_head(hidden)  # [c, 1 + J, V]
-        log_qN, log_qj = log_softmax(logits[:, 0]), log_softmax(logits[:, 1:])
+        (qN, log_qN), (qj, log_qj) = softmax(logits[:, 0]), softmax(logits[:, 1:])
         del logits
         divergence = None
         if any(len(layers) > 1 for layers in candidates):
-            divergence = jsd(log_qN.exp().unsqueeze(1), log_qj.exp())  # [c, J]
+            divergence = jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)  # [c, J]
     else:
         log_qN = log_softmax(language_model.lm_head(hidden))  # [c, V]
     words = words.to(log_qN.device).unsqueeze(1)  # [c, 1]

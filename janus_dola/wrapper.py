@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature
+from janus_dola.dola_runtime import contrast, jsd, premature, softmax
 from janus_dola.readout import Readout
 from janus_dola.score import score
 from janus_dola.trace import DoLaTrace, TraceCriteria
@@ -71,13 +71,13 @@ class DoLaLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
-        log_qN = log_softmax(scores)
+        qN, log_qN = softmax(scores)
         log_qM = divergence = None
         M = torch.full((len(scores),), len(self.tapped), device=scores.device)  # index into layers, [rows]
         if self.readout is not None:
-            log_qj = log_softmax(self.readout.take().to(scores.device))  # [rows, J, V]
+            qj, log_qj = softmax(self.readout.take().to(scores.device))  # [rows, J, V]
             if len(self.candidates) > 1 or self.trace is not None:
-                divergence = jsd(log_qN.exp().unsqueeze(1), log_qj.exp())  # [rows, J]
+                divergence = jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)  # [rows, J]
             if self.candidates:
                 M, log_qM = premature(log_qj, divergence, self.candidates)
         # With nothing to subtract and every word kept, p̂ is q_N: the baseline bit for bit, traced or not.
