@@ -179,8 +179,8 @@ class Judge:
         ids = torch.tensor([row + [0] * (T - len(row)) for row in encoded], device=embeds.device)
         known = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in encoded], device=embeds.device)
         scores = self.model.score(
-            inputs_embeds=embeds.expand(len(texts), -1, -1),
-            attention_mask=mask.expand(len(texts), -1),
+            inputs_embeds=embeds,
+            attention_mask=mask,
             continuation_ids=ids,
             continuation_mask=known,
             configs=configs,

@@ -103,10 +103,19 @@ def _forward(
     language_model: Any, tapped: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, known: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The hidden states that predict the n known continuation tokens: h_N, normed, [n, d], and h_j of each exit."""
-    P = prompt.shape[1]
+    rows, T = ids.shape
     new = language_model.get_input_embeddings()(ids[:, :-1].where(known[:, :-1], 0))  # the last one predicts nothing
-    embeds = torch.cat([prompt, new.to(prompt)], dim=1)  # [rows, P + T - 1, d]
-    mask = torch.cat([mask, known[:, :-1].to(mask)], dim=1)
+    mask = torch.cat([mask.expand(rows, -1), known[:, :-1].to(mask)], dim=1)  # [rows, P + T - 1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them
+    cache = None
+    if len(prompt) < rows and prompt.shape[1] > 1:  # shared by all rows: it runs once, but for its last position
+        P = prompt.shape[1] - 1
+        cache = language_model.model(
+            inputs_embeds=prompt[:, :P], attention_mask=mask[:1, :P], position_ids=positions[:1, :P], use_cache=True
+        ).past_key_values
+        cache.batch_repeat_interleave(rows)
+        prompt, positions = prompt[:, P:], positions[:, P:]
+    embeds = torch.cat([prompt.expand(rows, -1, -1), new.to(prompt)], dim=1)  # [rows, P + T - 1, d]
     kept: dict[int, Tensor] = {}
     thread = threading.get_ident()
 
@@ -114,7 +123,7 @@ def _forward(
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if threading.get_ident() == thread:
                 hidden = output[0] if isinstance(output, tuple) else output  # transformers 4 returns tuples
-                kept[layer] = hidden[:, P - 1 :][known.to(hidden.device)]  # a copy: the prompt's are not kept
+                kept[layer] = hidden[:, -T:][known.to(hidden.device)]  # a copy: the prompt's are not kept
 
         return hook
 
@@ -124,9 +133,10 @@ def _forward(
         last = language_model.model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as generate counts them
-            use_cache=False,
-        ).last_hidden_state[:, P - 1 :]
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state[:, -T:]
         hidden = last[known.to(last.device)]  # [n, d]
     return hidden, [kept[j].to(hidden.device) for j in tapped]
 
@@ -141,7 +151,7 @@ def _check(
     apc_floor: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The prompt's embeddings [rows, P, d] and mask [rows, P]; the continuation's ids and bool mask [rows, T]."""
+    """The prompt's embeddings [rows or 1, P, d] and mask [rows or 1, P]; the ids and their bool mask, [rows, T]."""
     if (inputs_embeds is None) == (input_ids is None):
         raise ValueError(
             f"inputs_embeds or input_ids must be given, and not both; got {'neither' if input_ids is None else 'both'}"
@@ -162,18 +172,19 @@ def _check(
         prompt = inputs_embeds
         if prompt.ndim != 3:
             raise ValueError(f"inputs_embeds must be of shape [rows, P, d], got {list(prompt.shape)}")
-    rows, P = prompt.shape[:2]
-    if P == 0:
-        raise ValueError(f"the prompt must have at least one position, got shape {list(prompt.shape)}")
-    mask = torch.ones(rows, P, dtype=torch.long, device=prompt.device) if attention_mask is None else attention_mask
-    if mask.shape != (rows, P):
-        raise ValueError(f"attention_mask must be of the prompt's shape [{rows}, {P}], got {list(mask.shape)}")
+    prompts, P = prompt.shape[:2]
+    if prompts == 0 or P == 0:
+        raise ValueError(f"the prompt must have at least one row and position, got shape {list(prompt.shape)}")
+    mask = torch.ones(prompts, P, dtype=torch.long, device=prompt.device) if attention_mask is None else attention_mask
+    if mask.shape != (prompts, P):
+        raise ValueError(f"attention_mask must be of the prompt's shape [{prompts}, {P}], got {list(mask.shape)}")
     mask = mask.to(prompt.device, torch.long)
     _check_mask("attention_mask", "0 on the left (padding), then 1", mask)
 
-    if continuation_ids.ndim != 2 or len(continuation_ids) != rows or continuation_ids.shape[1] == 0:
+    if continuation_ids.ndim != 2 or prompts not in (1, len(continuation_ids)) or 0 in continuation_ids.shape:
         raise ValueError(
-            f"continuation_ids must be of shape [{rows}, T], a row for each prompt; got {list(continuation_ids.shape)}"
+            f"continuation_ids must be of shape [{'rows' if prompts == 1 else prompts}, T], a row for each prompt or "
+            f"all for the only one; got {list(continuation_ids.shape)}"
         )
     known = torch.ones_like(continuation_ids) if continuation_mask is None else continuation_mask
     if known.shape != continuation_ids.shape:

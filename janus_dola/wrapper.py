@@ -214,7 +214,8 @@ class DoLaJanusWrapper:
         reads it (without penalties), in chunks, so that memory does not grow with the length of the continuations.
 
         Args:
-            inputs_embeds: Prompts, [rows, P, d], padded on the left. Or else `input_ids`, [rows, P].
+            inputs_embeds: Prompts, [rows, P, d], padded on the left. Or else `input_ids`, [rows, P]. A single prompt is
+                shared by all continuations, and run once.
             attention_mask: 0 on the prompts' padding, [rows, P]; all 1 by default.
             continuation_ids: [rows, T], padded on the right with anything.
             continuation_mask: 0 on the continuations' padding, [rows, T]; all 1 by default.

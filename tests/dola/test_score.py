@@ -145,6 +145,32 @@ def test_chunks_and_rows_change_nothing(wrapper: DoLaJanusWrapper, prompts: dict
         torch.testing.assert_close(alone, whole[:, row : row + 1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("P", [1, 9])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_single_prompt_is_shared_and_run_once(
+    wrapper: DoLaJanusWrapper, prompts: dict[str, Tensor], P: int, padding: int
+) -> None:
+    """Choices of one question, say: the same scores as with the prompt repeated, for the work of one."""
+    embeds = prompts["inputs_embeds"][:1, -(P + padding) :]
+    mask = (torch.arange(P + padding) >= padding).long().unsqueeze(0)
+    continuations = {name: prompts[name] for name in ("continuation_ids", "continuation_mask")}
+    configs = [DoLaConfig(use_dola_lm=False), DoLaConfig(alpha=0), DoLaConfig(bucket_id=0)]
+    rows = len(continuations["continuation_ids"])
+    want = wrapper.score(
+        embeds.expand(rows, -1, -1), attention_mask=mask.expand(rows, -1), configs=configs, **continuations
+    )
+    positions = []
+    first = wrapper.language_model.model.layers[0]
+    handle = first.register_forward_hook(lambda module, args, output: positions.append(args[0][..., 0].numel()))
+    try:
+        got = wrapper.score(embeds, attention_mask=mask, configs=configs, **continuations)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    T = continuations["continuation_ids"].shape[1]
+    assert sum(positions) == (P + padding - 1 if P + padding > 1 else 0) + rows * T
+
+
 def test_prompts_of_ids(wrapper: DoLaJanusWrapper) -> None:
     ids = torch.tensor([[1, 40, 50, 60], [481, 1, 77, 88]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
@@ -203,7 +229,7 @@ def test_scoring_within_a_generation(
         ({"inputs_embeds": None}, "inputs_embeds or input_ids must be given, and not both; got neither"),
         ({"input_ids": torch.ones(3, 4).long()}, "inputs_embeds or input_ids must be given, and not both; got both"),
         ({"inputs_embeds": torch.zeros(3, 64)}, r"inputs_embeds must be of shape \[rows, P, d\], got \[3, 64\]"),
-        ({"inputs_embeds": torch.zeros(3, 0, 64)}, r"at least one position, got shape \[3, 0, 64\]"),
+        ({"inputs_embeds": torch.zeros(3, 0, 64)}, r"at least one row and position, got shape \[3, 0, 64\]"),
         ({"attention_mask": torch.ones(3, 2)}, r"attention_mask must be of the prompt's shape .* got \[3, 2\]"),
         ({"attention_mask": "right"}, "attention_mask must be 0 on the left .* got otherwise in row 1"),
         ({"continuation_ids": torch.ones(2, 6).long()}, r"continuation_ids must be of shape \[3, T\].* got \[2, 6\]"),
