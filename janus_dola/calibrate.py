@@ -4,6 +4,7 @@ Every question is answered with DoLa off and with each bucket and alpha; the bes
 not distinguishable from DoLa off, which is then the winner.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -307,7 +308,7 @@ def run(argv: Sequence[str]) -> None:
     config = read_config(CalibrateConfig, argv, default if default.exists() else None)
     check_generation(config.generation)
     try:
-        lines = Path(config.data).read_text(encoding="utf-8").splitlines()
+        text = Path(config.data).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data must name a file of JSON lines that can be read, got {config.data!r}: {error}"
@@ -315,6 +316,7 @@ def run(argv: Sequence[str]) -> None:
 
     keep = ("model_path", "roles", "dtype", "seed", "generation", "data", "image_root", "alphas")
     settings = {name: value for name, value in asdict(config).items() if name in keep}
+    settings["data's sha256"] = hashlib.sha256(text.encode()).hexdigest()  # results are kept by line number
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     saved = output.with_suffix(".results.jsonl")
@@ -325,7 +327,7 @@ def run(argv: Sequence[str]) -> None:
     with saved.open("a", encoding="utf-8") as file:
         if not done and saved.stat().st_size == 0:
             file.write(json.dumps({"settings": settings}) + "\n")
-        for number, line in enumerate(tqdm(lines, desc="questions", disable=None), 1):
+        for number, line in enumerate(tqdm(text.splitlines(), desc="questions", disable=None), 1):
             if not line.strip():
                 continue
             try:

@@ -4,7 +4,8 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ class ModelConfig(DoLaConfig):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if len(self.roles) != 2:
             raise ValueError(f"roles must be two names, user and assistant, got {self.roles}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
 
     def dola(self) -> DoLaConfig:
         return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
@@ -85,6 +88,8 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None) -> T
         values = OmegaConf.to_container(config, resolve=False, structured_config_mode=None)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, schema)) from error
+    except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
+        raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
     merged: dict[str, Any] = {str(key): value for key, value in dict(values).items()}  # type: ignore[arg-type]
@@ -120,7 +125,7 @@ def explain(error: OmegaConfBaseException, schema: type) -> str:
     """OmegaConf's error in one line, with the near miss of an unknown key."""
     key = str(error.full_key or error.key or "")
     names = [item.name for item in fields(schema)]
-    if key and key.split(".")[0] not in names:
+    if key and re.split(r"[.\[]", key)[0] not in names:
         near = difflib.get_close_matches(key, names, n=1)
         return f"unknown key {key!r}" + (
             f", did you mean {near[0]!r}?" if near else f", allowed are {', '.join(names)}"
@@ -137,7 +142,7 @@ def main(run: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command line: an error of the user's is one line on stderr and exit code 2."""
     try:
         sys.exit(run(sys.argv[1:]) or 0)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a file that cannot be written
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -149,7 +154,7 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     """Refuses what `generate` does not take.
 
     Raises:
-        ValueError: A key is unknown.
+        ValueError: A key is unknown, or its value is of another type or out of range.
     """
     from transformers import GenerationConfig
 
@@ -161,6 +166,22 @@ def check_generation(generation: Mapping[str, Any]) -> None:
                 f", did you mean {'generation.' + near[0]!r}?" if near else ", transformers' generate does not take it"
             )
             raise ValueError(f"unknown key {'generation.' + key!r}{hint}")
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("generation.return_dict_in_generate must be left off: the answers alone are printed")
+    # transformers checks some of these too late, or divides by them.
+    for key in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        value = generation.get(key, 1)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"generation.{key} must be a whole number of at least 1, got {value!r}")
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = generation.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (not isinstance(token, int) or token < 0):
+                raise ValueError(f"generation.{key} must be the number of a word, or some, got {value!r}")
+    try:
+        GenerationConfig(**generation)
+    except TypeError as error:
+        raise ValueError(f"generation: {first_line(error)}, got {dict(generation)}") from error
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -175,7 +196,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = default_device().type
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # meta has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device must be auto, cpu, cuda or mps, and be there, got {device!r}: {first_line(error)}"
@@ -204,17 +225,26 @@ def load_processor(config: ModelConfig) -> Any:
         raise ValueError(
             f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
         )
-    try:
+    with loading(path):
         model_config, _ = MultiModalityConfig.get_config_dict(path)
-        if model_config.get("model_type") != "multi_modality" or "language_config" not in model_config:
+        if not isinstance(model_config, dict) or model_config.get("model_type") != "multi_modality":
             raise ValueError(
-                f"model_path {path!r} is no Janus checkpoint: its model_type is {model_config.get('model_type')!r}"
+                f"model_path {path!r} is no Janus checkpoint: its config.json has no model_type multi_modality"
             )
         num_layers = MultiModalityConfig.from_pretrained(path).language_config.num_hidden_layers
         config.resolve_layers(num_layers)
         return VLChatProcessor.from_pretrained(path)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model_path {path!r} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Errors of reading a checkpoint, as a ValueError that names it: a broken file may raise whatever its parser met."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise
+        raise ValueError(f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_model(config: ModelConfig) -> Any:
@@ -230,14 +260,13 @@ def load_model(config: ModelConfig) -> Any:
     device, dtype = pick_device(config.device, config.dtype)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of all weights would come before the one line that names the wrong one
     try:
-        return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"model_path {config.model_path!r} cannot be loaded: {first_line(error)}") from error
-    except Exception as error:  # safetensors and pickle have errors of their own for a broken file
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
-            raise ValueError(f"model_path {config.model_path!r} cannot be loaded: {first_line(error)}") from error
-        raise
+        with loading(config.model_path):
+            return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def build_conversation(
@@ -262,6 +291,8 @@ def build_conversation(
             f"exactly one of question and conversation must be given, got {question!r} and {conversation!r}"
         )
     if conversation:
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+            raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
         turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
         if images:
             raise ValueError(f"images go into the turns of a conversation, got {list(images)} beside it")
@@ -282,7 +313,7 @@ def build_conversation(
 def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
         raise ValueError(f"conversation: turn {index + 1} must have content, a text, got {turn!r}")
-    if unknown := sorted(turn.keys() - {"role", "content", "images"}):
+    if unknown := sorted(map(str, turn.keys() - {"role", "content", "images"})):
         raise ValueError(
             f"conversation: turn {index + 1} has unknown keys {unknown}, allowed are role, content, images"
         )

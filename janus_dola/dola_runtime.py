@@ -86,6 +86,9 @@ def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
 def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
     """M of each row, and its log q_M.
 
+    An exit that overflowed (in float16) is NaN, which argmax would pick. It counts as the least divergent; where it is
+    chosen all the same, there is nothing to subtract: the row's M is J, which stands for N, and its log q_M 0.
+
     Args:
         log_qj: The exits' log-probabilities, [rows, J, V].
         divergence: JSD(q_N ‖ q_j), [rows, J]; not needed for one candidate.
@@ -98,11 +101,13 @@ def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) 
     if len(candidates) == 1 or divergence is None:
         M = torch.full_like(rows, candidates[0])
     elif len(candidates) == divergence.shape[1]:
-        M = divergence.argmax(-1)
+        M = divergence.nan_to_num(nan=-1.0).argmax(-1)
     else:
         index = torch.tensor(candidates, device=log_qj.device)
-        M = index[divergence[:, index].argmax(-1)]
-    return M, log_qj[rows, M]
+        M = index[divergence[:, index].nan_to_num(nan=-1.0).argmax(-1)]
+    log_qM = log_qj[rows, M]
+    lost = log_qM[:, :1].isnan()  # softmax makes NaN of all words or none
+    return M.masked_fill(lost[:, 0], log_qj.shape[1]), log_qM.masked_fill(lost, 0.0)
 
 
 def head_mask(log_qN: Tensor, alpha: float) -> Tensor:

@@ -176,6 +176,8 @@ class DoLaJanusWrapper:
         config = replace(self.config)  # checked again, and safe from changes while this call runs
         layers = tuple(j for j in config.resolve_layers(self.num_layers) if j < self.num_layers)
         settings = Settings(self.language_model, args, kwargs)
+        if trace is not None and not isinstance(trace, DoLaTrace):
+            raise ValueError(f"trace must be a DoLaTrace, got {trace!r}")
         for name, (off, reason) in UNSUPPORTED.items():
             if (value := settings.get(name)) not in off:
                 raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
@@ -245,8 +247,22 @@ class DoLaJanusWrapper:
         return scores[0] if configs is None else scores
 
     def _generate(self, processors: list[LogitsProcessor], *args: Any, **kwargs: Any) -> Any:
-        """`language_model.generate` with `processors` after the caller's own."""
+        """`language_model.generate` with `processors` after the caller's own.
+
+        Raises:
+            ValueError: `inputs_embeds` or its `attention_mask` has the wrong shape.
+        """
         call = Settings(self.language_model, args, kwargs)
+        embeds, mask, width = call.get("inputs_embeds"), call.get("attention_mask"), self.phi.weight.shape[-1]
+        if embeds is not None:
+            shape = list(getattr(embeds, "shape", ()))
+            if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != width:
+                raise ValueError(f"inputs_embeds must be a tensor [rows, T, {width}], rows and T at least 1, got {shape}")
+            if mask is not None and mask.ndim == 2 and len(mask) != shape[0]:
+                raise ValueError(f"attention_mask must have a row for each of inputs_embeds {shape}, got {len(mask)}")
+            ids = next((call.get(name) for name in ("inputs", "input_ids") if call.get(name) is not None), None)
+            if mask is not None and mask.ndim == 2 and ids is None and mask.shape[1] != shape[1]:
+                raise ValueError(f"attention_mask must be of shape {shape[:2]}, got {list(mask.shape)}")
         ours: list[LogitsProcessor] = []
         penalty = call.get("repetition_penalty")
         if penalty not in (None, 1.0) and call.get("inputs_embeds") is not None and call.get("inputs") is None:

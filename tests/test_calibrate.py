@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from janus_dola import calibrate, cli
 from janus_dola.calibrate import BASELINE, choose, pope_measures, summarise, two_fold
 
+ROOT = Path(__file__).parents[1]
 IMAGES = GOLDEN / "expected" / "images"
 
 
@@ -118,6 +119,42 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     calibrate.run(arguments(folder, "two_fold=true"))
     with pytest.raises(ValueError, match=r"other settings \(alphas was \[0.1\] and is \[0.3\]\)"):
         calibrate.run(arguments(folder, "alphas=[0.3]"))
+    data = folder / "val.jsonl"
+    data.write_text(data.read_text().replace("Paris", "Rome"))  # an answer saved by line number would be another's
+    with pytest.raises(ValueError, match=r"other settings \(data's sha256 was"):
+        calibrate.run(arguments(folder))
+
+
+def test_a_checkpoint_that_sees(tmp_path: Path, capsys: Any) -> None:
+    """The demo's own pictures and questions, in all three forms: what it is known to answer, it answers here."""
+    demo = ROOT / "demo"
+    asked = json.loads((demo / "images" / "questions.json").read_text(encoding="utf-8"))["scene.png"]
+    assert all(question["right"] for question in asked)
+    lines: list[dict[str, Any]] = []
+    for i, question in enumerate(asked):
+        images, answer = [str(demo / "images" / "scene.png")], question["answer"]
+        if question["kind"].startswith("presence"):
+            label = answer.split(",")[0].lower()
+            lines.append({"question_id": i, "image": "scene.png", "text": question["text"], "label": label})
+        elif question["kind"] == "colour":
+            choices = [answer.replace("yellow", colour) for colour in ("red", "yellow", "green")]
+            lines.append({"images": images, "question": question["text"], "choices": choices, "answer": 1})
+        elif question["kind"] == "where":
+            lines.append({"images": images, "question": question["text"], "answer": answer})
+    forms = [calibrate.parse_line(json.dumps(line), "")["form"] for line in lines]
+    assert set(forms) == {"answer", "choices", "pope"} and {line.get("label") for line in lines} >= {"yes", "no"}
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    calibrate.run(
+        [f"config={ROOT / 'configs' / 'default.yaml'}", f"model_path={demo / 'checkpoint'}", "device=cpu",
+         f"data={tmp_path / 'val.jsonl'}", f"output={tmp_path / 'mine.yaml'}", f"image_root={demo / 'images'}"]
+    )  # fmt: skip
+    report = json.loads((tmp_path / "mine.json").read_text())
+    off = report["table"][BASELINE]
+    assert off["accuracy"] == 1 and off["questions"] == len(lines)
+    assert off["pope"]["precision"] == off["pope"]["recall"] == off["pope"]["f1"] == 1
+    assert off["logprob"] > -0.1  # it is sure of the right answer
+    assert report["winner"] == BASELINE  # nothing is better than all right
+    assert "no configuration answers more questions than DoLa off" in capsys.readouterr().out
 
 
 def test_answers_are_those_of_generate_and_score(folder: Path, model: Any) -> None:

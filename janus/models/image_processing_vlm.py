@@ -33,6 +33,9 @@ class VLMImageProcessor(BaseImageProcessor):
         image_mean, image_std: Per channel, of values in [0, 1]. The padding has the colour of `image_mean`.
         rescale_factor: Takes the values from [0, 255] to [0, 1].
         do_normalize: Whether to subtract the mean and divide by the deviation.
+
+    Raises:
+        ValueError: The sizes are not 1 <= min_size <= image_size, or the mean or deviation is not that of 3 channels.
     """
 
     model_input_names = ["pixel_values"]
@@ -47,6 +50,11 @@ class VLMImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         **kwargs: Any,
     ) -> None:
+        if not (isinstance(image_size, int) and isinstance(min_size, int) and 1 <= min_size <= image_size):
+            raise ValueError(f"image_size must be at least min_size, and that 1, got {image_size!r} and {min_size!r}")
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)) if do_normalize else ():
+            if not isinstance(values, Sequence) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                raise ValueError(f"{name} must be 3 numbers (above 0 for image_std) to normalise with, got {values!r}")
         super().__init__(**kwargs)
         self.image_size = image_size
         self.min_size = min_size
@@ -70,7 +78,16 @@ class VLMImageProcessor(BaseImageProcessor):
         return np.asarray(expand2square(image, self.background_color)).transpose(2, 0, 1)
 
     def preprocess(self, images: Sequence[Image.Image], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
-        """PIL images to `pixel_values`, float32 [n_images, 3, image_size, image_size]."""
+        """PIL images to `pixel_values`, float32 [n_images, 3, image_size, image_size].
+
+        Raises:
+            ValueError: `images` is no list of PIL images with at least one pixel each.
+        """
+        if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"images must be a list of PIL images, got {str(images)[:80]}: load_pil_images opens paths")
+        for image in images:
+            if 0 in image.size:
+                raise ValueError(f"images must have at least one pixel, got one of {image.width}x{image.height}")
         pixel_values = np.zeros((len(images), *self.default_shape), dtype=np.float32)
         for i, image in enumerate(images):
             pixels = (self.resize(image).astype(np.float64) * self.rescale_factor).astype(np.float32)

@@ -1,9 +1,12 @@
 """The Janus model: vision tower, image tokenizer and LLaMA text decoder (`janus/models/modeling_vlm.py`)."""
 
 import copy
+import pickle
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -72,6 +75,19 @@ class MultiModalityConfig(PretrainedConfig):
             config.params = Params(params | config.params)
             setattr(self, name, config)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PretrainedConfig.from_dict`, except that a part that is no mapping is an error, and so is no text decoder.
+
+        Raises:
+            ValueError: `language_config` is missing (LLaMA's own default has 7 billion weights), or a part is no mapping.
+        """
+        for name in ("language_config", *cls.components):
+            part = config_dict.get(name, None if name == "language_config" else {})
+            if not isinstance(part, (Mapping, PretrainedConfig)):
+                raise ValueError(f"config.json: {name} must be a mapping, got {part!r}")
+        return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> LlamaConfig:
         return self.language_config
@@ -166,10 +182,29 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, except that a missing weight is an error, not a random tensor.
 
         Raises:
-            ValueError: The checkpoint lacks a weight; the message names it.
+            ValueError: The checkpoint lacks a weight, or has one of another shape; the message names it. Or its files
+                are broken, or pickles of more than tensors, which are never run.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = True  # transformers' error does not name the weight
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, EOFError) as error:
+            raise ValueError(f"{str(pretrained_model_name_or_path)!r} has a broken file of weights: {error}") from error
+        except pickle.UnpicklingError as error:  # PyTorch's message suggests to run it
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} has a pickle that is broken or holds more than tensors, "
+                "which might run code: it is not read"
+            ) from error
         model, info = loaded
+        if info["mismatched_keys"] and not mismatched:
+            name, found, wanted = min(info["mismatched_keys"])
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} has {name} in the shape {list(found)}, but its config.json "
+                f"describes {list(wanted)}"
+            )
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
@@ -202,17 +237,30 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
             [B, T, D] in the model's dtype.
 
         Raises:
-            ValueError: The masks select different numbers of positions.
+            ValueError: The images are not of the vision tower's size, or the masks select different numbers of
+                positions.
         """
+        S = self.config.vision_config.params.get("image_size", 384)
+        if pixel_values.ndim != 5 or pixel_values.shape[2:] != (3, S, S):
+            raise ValueError(f"pixel_values must be of shape [B, n_images, 3, {S}, {S}], got {list(pixel_values.shape)}")
         images = pixel_values.flatten(0, 1).to(next(self.vision_model.parameters()).dtype)  # [B * n_images, 3, H, W]
         image_embeds = self.aligner(self.vision_model(images))  # [B * n_images, n_image_tokens, D]
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [B, T, D]
+        if images_emb_mask.shape != (*pixel_values.shape[:2], image_embeds.shape[1]):
+            raise ValueError(
+                f"images_emb_mask must be of shape {[*pixel_values.shape[:2], image_embeds.shape[1]]}, "
+                f"got {list(images_emb_mask.shape)}: does num_image_tokens of the processor fit the vision tower?"
+            )
+        if images_seq_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"images_seq_mask must be of input_ids' shape {list(input_ids.shape)}, got {list(images_seq_mask.shape)}"
+            )
         image_embeds = image_embeds[images_emb_mask.flatten(0, 1).bool()].to(inputs_embeds)
         positions = images_seq_mask.bool().nonzero(as_tuple=True)
         if len(positions[0]) != len(image_embeds):
             raise ValueError(
                 f"images_seq_mask must select as many positions as images_emb_mask, got {len(positions[0])} and "
-                f"{len(image_embeds)}: does num_image_tokens of the processor fit the vision tower?"
+                f"{len(image_embeds)}"
             )
         return inputs_embeds.index_put(positions, image_embeds)
 

@@ -1,6 +1,7 @@
 """Conversations and images to model inputs (`janus/models/processing_vlm.py`)."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -106,6 +107,9 @@ class VLChatProcessor(ProcessorMixin):
         add_special_token: Whether the image tag itself stays in front of the image.
         sft_format: Name of the conversation template: `deepseek` (Janus-Pro) or `deepseek_old` (Janus-1.3B).
         mask_prompt, ignore_id: For training; kept for the published configuration files.
+
+    Raises:
+        ValueError: `num_image_tokens` is no whole number of at least 1, or the tokenizer lacks a tag.
     """
 
     system_prompt = (
@@ -129,6 +133,11 @@ class VLChatProcessor(ProcessorMixin):
         ignore_id: int = -100,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens must be a whole number of at least 1, got {num_image_tokens!r}")
+        for tag in (image_start_tag, image_end_tag, pad_tag):
+            if tag not in tokenizer.get_vocab():
+                raise ValueError(f"the tokenizer has no token {tag!r}, which must be one for the processor to use it")
         if image_tag not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"additional_special_tokens": [image_tag]})
         self.image_tag = image_tag
@@ -210,7 +219,13 @@ class VLChatProcessor(ProcessorMixin):
 
         Returns:
             The prompt.
+
+        Raises:
+            ValueError: A turn has no `role` or `content`, or `sft_format` is unknown.
         """
+        for message in conversations:
+            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise ValueError(f"conversations must be a list of turns with role and content, texts; got {message!r}")
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)
         for message in conversations:
@@ -245,8 +260,8 @@ class VLChatProcessor(ProcessorMixin):
         """Prepares one prompt, given as text or as the turns of a conversation, and its images.
 
         Raises:
-            ValueError: Both or none of `prompt` and `conversations` are given, or the images are not as many as the
-                image tags.
+            ValueError: Both or none of `prompt` and `conversations` are given, one of them is no such thing, or the
+                images are not PIL images, as many as the image tags.
         """
         if (prompt is None) == (conversations is None):
             given = "none" if prompt is None else "both"
@@ -255,7 +270,10 @@ class VLChatProcessor(ProcessorMixin):
             prompt = self.apply_sft_template_for_multi_turn_prompts(
                 conversations or (), sft_format=self.sft_format, system_prompt=self.system_prompt
             )
-        images = images or ()
+        if not isinstance(prompt, str) or re.search("[\ud800-\udfff]", prompt):  # half a character, from broken UTF-8
+            raise ValueError(f"prompt must be text that UTF-8 can encode, got {prompt!r}")
+        images = () if images is None else images
+        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         input_ids = torch.tensor(self.tokenizer.encode(prompt), dtype=torch.long)
         image_indices = (input_ids == self.image_id).nonzero().flatten()
         if len(images) != len(image_indices):
@@ -264,7 +282,6 @@ class VLChatProcessor(ProcessorMixin):
                 f"got {len(images)} for {len(image_indices)}"
             )
         input_ids, num_image_tokens = self.add_image_token(image_indices, input_ids)
-        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return VLChatProcessorOutput(prompt, input_ids, pixel_values, num_image_tokens)
 
     def __call__(

@@ -47,7 +47,8 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
         source: A path, or a data URL (`data:image/png;base64,...`).
 
     Raises:
-        ValueError: There is no such file, or it is not an image that can be read.
+        ValueError: There is no such file, it is not an image that can be read, or it has more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"images must hold paths or data URLs, got {source!r}")
@@ -56,19 +57,25 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
     header, _, payload = name.partition(",")
     if name.startswith("data:") and not (header.startswith("data:image") and header.endswith(";base64")):
         raise ValueError(f"images: a data URL must start with data:image/TYPE;base64, got {shown!r}")
+    limit = PIL.Image.MAX_IMAGE_PIXELS  # None where the user has switched it off
+    if name.startswith("data:") and limit is not None and len(payload) > 4 * limit:  # 3 bytes a pixel, in base64
+        raise ValueError(f"images: a data URL must have at most {4 * limit} characters, got {len(payload)} in {shown!r}")
     try:
-        if name.startswith("data:"):
-            with PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True))) as image:
-                return image.convert("RGB")
-        with PIL.Image.open(source) as image:
+        file: Any = io.BytesIO(base64.b64decode(payload, validate=True)) if name.startswith("data:") else source
+        with PIL.Image.open(file) as image:  # reads the header only
+            if limit is not None and image.width * image.height > limit:  # where Pillow itself only warns, up to twice
+                raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
+            if image.format == "EPS":
+                raise ValueError("EPS is a program, which Ghostscript would run")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"images: there is no file {shown!r}") from error
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"images: {shown!r} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read; base64
-        # raises ValueError for what is not base64, and open() for a path with a null character.
+    except (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read,
+        # RuntimeError for a broken AVIF; base64 raises ValueError for what is not base64, and open() for a path with a
+        # null character.
         raise ValueError(f"images: cannot read {shown!r}: {error}") from error
 
 
@@ -79,9 +86,12 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Imag
         conversations: Its turns; a turn may have `images`, a list of paths or data URLs.
 
     Raises:
-        ValueError: An image is missing or broken, or `images` is no list.
+        ValueError: An image is missing or broken, or `images` is no list, or a turn no mapping.
     """
     for message in conversations:
-        if isinstance(message.get("images", ()), (str, os.PathLike)):
-            raise ValueError(f"images must be a list of paths or data URLs, got {message['images']!r}")
+        if not isinstance(message, Mapping):
+            raise ValueError(f"conversations must be a list of turns, got {message!r} in {type(conversations).__name__}")
+        images = message.get("images", ())
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            raise ValueError(f"images must be a list of paths or data URLs, got {images!r}")
     return [load_image(source) for message in conversations for source in message.get("images", ())]
