@@ -1,6 +1,10 @@
-"""Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ..."""
+"""Asks a Janus model about images, with DoLa on or off: python inference_dola.py [config=FILE] key=value ...
+
+One question, or with prompts=FILE output=FILE many of them.
+"""
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +14,18 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from janus.models import MultiModalityConfig
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaJanusWrapper, DoLaTrace
+from janus_dola.batch import (
+    DOLA_KEYS,
+    Output,
+    check_batch,
+    fingerprint,
+    generate_arguments,
+    read_prompts,
+    run_batch,
+)
 from janus_dola.cli import (
     ModelConfig,
     build_conversation,
@@ -39,6 +53,9 @@ class InferenceConfig(ModelConfig):
     compare: bool = False
     stream: bool = False
     trace: str | None = None
+    prompts: str | None = None
+    output: str | None = None
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +65,45 @@ class InferenceConfig(ModelConfig):
         for image in self.images:
             if not isinstance(image, str):
                 raise ValueError(f"images must be paths or data URLs, got {image!r}")
+        if (self.prompts is None) != (self.output is None):
+            raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
+        for key in ("question", "images", "conversation", "stream", "trace"):
+            if self.prompts is not None and (value := getattr(self, key)):
+                raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
     config = read_config(InferenceConfig, argv, DEFAULT)
+    if config.prompts is not None and config.output is not None:
+        return answer_file(config, config.prompts, config.output)
+    answer_one(config)
+    return 0
+
+
+def answer_file(config: InferenceConfig, prompts: str, output: str) -> int:
+    """Answers a file of prompts; 1 if there was one that could not be answered."""
+    check_batch(config.generation, config.batch_size)
+    check_generation(config.generation)
+    _, dtype = pick_device(config.device, config.dtype)
+    same = ("model_path", "roles", *DOLA_KEYS, "generation", "seed", "compare")
+    settings = {key: getattr(config, key) for key in same} | {"dtype": str(dtype), "prompts": fingerprint(prompts)}
+    processor = load_processor(config)
+    language_config = MultiModalityConfig.from_pretrained(config.model_path).language_config
+    asked, errors = read_prompts(
+        prompts, processor, language_config, config.dola(), config.roles, config.generation.get("max_new_tokens") or 1
+    )
+    with Output(output, settings, errors) as answers:
+        if any(prompt.id not in answers.done for prompt in asked):
+            model = DoLaJanusWrapper(load_model(config), config.dola())
+            how = {"batch_size": config.batch_size, "seed": config.seed, "compare": config.compare}
+            run_batch(model, processor, asked, answers, config.generation, **how)
+        if answers.failed:
+            print(f"{answers.failed} of {len(asked) + len(errors)} prompts are errors in {output}", file=sys.stderr)
+        return 1 if answers.failed else 0
+
+
+def answer_one(config: InferenceConfig) -> None:
     if config.question is None and not config.conversation and not config.images:
         config.images, config.question = [os.path.relpath(ROOT / DEMO_IMAGE)], DEMO_QUESTION
     # All that can be wrong without the weights is found before they are loaded.
@@ -64,16 +116,7 @@ def run(argv: Sequence[str]) -> None:
     model = DoLaJanusWrapper(load_model(config), config.dola())
 
     tokenizer = processor.tokenizer
-    with torch.inference_mode():
-        inputs_embeds = model.prepare_inputs_embeds(**inputs)
-    arguments = {
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": inputs.attention_mask,
-        "pad_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tokenizer": tokenizer,
-    } | config.generation
+    arguments = generate_arguments(model, tokenizer, inputs, config.generation)
 
     if config.compare:
         model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder

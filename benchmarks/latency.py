@@ -400,7 +400,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         cpu = names[0] if names else cpu
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
+        "cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})",  # which decides how fast bfloat16 is
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -33,6 +33,7 @@ from janus_dola.config import DoLaConfig
 from janus_dola.wrapper import DoLaJanusWrapper
 
 BASELINE = "off"
+OUTPUT = "outputs/calibrated.yaml"
 RESAMPLES = 2000
 # `images` of the POPE form are named by file; the other forms name whole paths.
 FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
@@ -46,7 +47,8 @@ class CalibrateConfig(ModelConfig):
         data: JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", "choices",
             "answer": i}; POPE's {"question_id", "image", "text", "label"}. Without images, a question is text alone.
         image_root: Folder of POPE's images.
-        output: The winner's config goes there, the table as JSON and the answers as they come beside it.
+        output: The winner's config goes there, the table as JSON and the answers as they come beside it; null is
+            `OUTPUT`.
         alphas: Values of alpha to try.
         strict: Whether a bad line stops the run.
         two_fold: Whether to choose on one half and report on the other as well, both ways, as the paper does.
@@ -54,7 +56,7 @@ class CalibrateConfig(ModelConfig):
 
     data: str = ""
     image_root: str = "."
-    output: str = "outputs/calibrated.yaml"
+    output: str | None = None
     alphas: list[float] = field(default_factory=lambda: [0.1])
     strict: bool = False
     two_fold: bool = False
@@ -65,6 +67,8 @@ class CalibrateConfig(ModelConfig):
     compare: Any = None
     stream: Any = None
     trace: Any = None
+    prompts: Any = None
+    batch_size: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +77,7 @@ class CalibrateConfig(ModelConfig):
         if not self.alphas:
             raise ValueError("alphas must hold at least one value, got []")
         self.configurations()  # checks the values
-        if not self.output.endswith((".yaml", ".yml")):
+        if self.output is not None and not self.output.endswith((".yaml", ".yml")):
             raise ValueError(f"output must end in .yaml, got {self.output!r}")
 
     def configurations(self) -> dict[str, DoLaConfig]:
@@ -317,7 +321,7 @@ def run(argv: Sequence[str]) -> None:
     keep = ("model_path", "roles", "dtype", "seed", "generation", "data", "image_root", "alphas")
     settings = {name: value for name, value in asdict(config).items() if name in keep}
     settings["data's sha256"] = hashlib.sha256(text.encode()).hexdigest()  # results are kept by line number
-    output = Path(config.output)
+    output = Path(config.output or OUTPUT)
     output.parent.mkdir(parents=True, exist_ok=True)
     saved = output.with_suffix(".results.jsonl")
     done = read_results(saved, settings)

@@ -238,13 +238,15 @@ def load_processor(config: ModelConfig) -> Any:
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Errors of reading a checkpoint, as a ValueError that names it: a broken file may raise whatever its parser met."""
+    """Errors of reading a checkpoint, as a ValueError that names it: a broken file may raise anything in its parser."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise
-        raise ValueError(f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(
+            f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def load_model(config: ModelConfig) -> Any:

@@ -253,15 +253,13 @@ class DoLaJanusWrapper:
             ValueError: `inputs_embeds` or its `attention_mask` has the wrong shape.
         """
         call = Settings(self.language_model, args, kwargs)
-        embeds, mask, width = call.get("inputs_embeds"), call.get("attention_mask"), self.phi.weight.shape[-1]
+        embeds, mask = call.get("inputs_embeds"), call.get("attention_mask")
         if embeds is not None:
-            shape = list(getattr(embeds, "shape", ()))
-            if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != width:
-                raise ValueError(f"inputs_embeds must be a tensor [rows, T, {width}], rows and T at least 1, got {shape}")
-            if mask is not None and mask.ndim == 2 and len(mask) != shape[0]:
-                raise ValueError(f"attention_mask must have a row for each of inputs_embeds {shape}, got {len(mask)}")
-            ids = next((call.get(name) for name in ("inputs", "input_ids") if call.get(name) is not None), None)
-            if mask is not None and mask.ndim == 2 and ids is None and mask.shape[1] != shape[1]:
+            shape, d = list(getattr(embeds, "shape", ())), self.language_model.config.hidden_size
+            if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != d:
+                raise ValueError(f"inputs_embeds must be a tensor [rows, T, {d}], rows and T at least 1, got {shape}")
+            alone = call.get("inputs") is None and call.get("input_ids") is None  # ids beside it are more to mask
+            if alone and mask is not None and mask.ndim == 2 and list(mask.shape) != shape[:2]:
                 raise ValueError(f"attention_mask must be of shape {shape[:2]}, got {list(mask.shape)}")
         ours: list[LogitsProcessor] = []
         penalty = call.get("repetition_penalty")

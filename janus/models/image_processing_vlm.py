@@ -84,7 +84,9 @@ class VLMImageProcessor(BaseImageProcessor):
             ValueError: `images` is no list of PIL images with at least one pixel each.
         """
         if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
-            raise ValueError(f"images must be a list of PIL images, got {str(images)[:80]}: load_pil_images opens paths")
+            raise ValueError(
+                f"images must be a list of PIL images, got {str(images)[:80]}: load_pil_images opens paths"
+            )
         for image in images:
             if 0 in image.size:
                 raise ValueError(f"images must have at least one pixel, got one of {image.width}x{image.height}")

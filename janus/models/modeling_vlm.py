@@ -78,10 +78,10 @@ class MultiModalityConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PretrainedConfig.from_dict`, except that a part that is no mapping is an error, and so is no text decoder.
+        """As `PretrainedConfig.from_dict`, except that a part that is no mapping is an error; so is no text decoder.
 
         Raises:
-            ValueError: `language_config` is missing (LLaMA's own default has 7 billion weights), or a part is no mapping.
+            ValueError: `language_config` is missing (LLaMA's default has 7 billion weights), or a part is no mapping.
         """
         for name in ("language_config", *cls.components):
             part = config_dict.get(name, None if name == "language_config" else {})
@@ -242,7 +242,9 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         """
         S = self.config.vision_config.params.get("image_size", 384)
         if pixel_values.ndim != 5 or pixel_values.shape[2:] != (3, S, S):
-            raise ValueError(f"pixel_values must be of shape [B, n_images, 3, {S}, {S}], got {list(pixel_values.shape)}")
+            raise ValueError(
+                f"pixel_values must be of shape [B, n_images, 3, {S}, {S}], got {list(pixel_values.shape)}"
+            )
         images = pixel_values.flatten(0, 1).to(next(self.vision_model.parameters()).dtype)  # [B * n_images, 3, H, W]
         image_embeds = self.aligner(self.vision_model(images))  # [B * n_images, n_image_tokens, D]
         inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # [B, T, D]
@@ -253,7 +255,8 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
             )
         if images_seq_mask.shape != input_ids.shape:
             raise ValueError(
-                f"images_seq_mask must be of input_ids' shape {list(input_ids.shape)}, got {list(images_seq_mask.shape)}"
+                f"images_seq_mask must be of input_ids' shape {list(input_ids.shape)}, "
+                f"got {list(images_seq_mask.shape)}"
             )
         image_embeds = image_embeds[images_emb_mask.flatten(0, 1).bool()].to(inputs_embeds)
         positions = images_seq_mask.bool().nonzero(as_tuple=True)

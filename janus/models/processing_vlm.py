@@ -224,7 +224,9 @@ class VLChatProcessor(ProcessorMixin):
             ValueError: A turn has no `role` or `content`, or `sft_format` is unknown.
         """
         for message in conversations:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
                 raise ValueError(f"conversations must be a list of turns with role and content, texts; got {message!r}")
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)

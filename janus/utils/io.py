@@ -59,7 +59,9 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
         raise ValueError(f"images: a data URL must start with data:image/TYPE;base64, got {shown!r}")
     limit = PIL.Image.MAX_IMAGE_PIXELS  # None where the user has switched it off
     if name.startswith("data:") and limit is not None and len(payload) > 4 * limit:  # 3 bytes a pixel, in base64
-        raise ValueError(f"images: a data URL must have at most {4 * limit} characters, got {len(payload)} in {shown!r}")
+        raise ValueError(
+            f"images: a data URL must have at most {4 * limit} characters, got {len(payload)} in {shown!r}"
+        )
     try:
         file: Any = io.BytesIO(base64.b64decode(payload, validate=True)) if name.startswith("data:") else source
         with PIL.Image.open(file) as image:  # reads the header only
@@ -90,7 +92,9 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Imag
     """
     for message in conversations:
         if not isinstance(message, Mapping):
-            raise ValueError(f"conversations must be a list of turns, got {message!r} in {type(conversations).__name__}")
+            raise ValueError(
+                f"conversations must be a list of turns, got {message!r} in {type(conversations).__name__}"
+            )
         images = message.get("images", ())
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise ValueError(f"images must be a list of paths or data URLs, got {images!r}")

@@ -1,0 +1,391 @@
+"""A file of prompts to a file of answers: the same lines whatever the batches, and however often the run is killed."""
+
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CASES, CHECKPOINT, GOLDEN
+
+import inference_dola
+from janus.models import VLChatProcessor
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
+from janus_dola.batch import Output, Prompt, read_prompts, run_batch
+
+IMAGES = GOLDEN / "expected" / "images"
+ROLES = ["<|User|>", "<|Assistant|>"]
+WIDE = {"images": [str(IMAGES / "wide.png")], "question": "What is in the image?"}
+TALL = {"images": [str(IMAGES / "tall.png")], "question": "Describe the picture in detail."}
+TEXT = {"question": "What is the capital of France?"}
+
+
+def golden_lines() -> list[dict[str, Any]]:
+    lines = []
+    for name, case in CASES.items():
+        for i, turns in enumerate(case["conversations"]):
+            given = [
+                turn | {"images": [str(GOLDEN / "expected" / image) for image in turn.get("images", [])]}
+                for turn in turns[:-1]
+            ]
+            lines.append({"id": f"{name}/{i}", "conversation": given})
+    return lines
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def read(path: Path) -> dict[Any, dict[str, Any]]:
+    """id -> line; no id may come twice."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({json.dumps(line["id"]) for line in lines}) == len(lines)
+    return {line["id"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return VLChatProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
+    """Answers lines in a new file, through the library; returns its lines by id."""
+
+    def ask(lines: list[Any], name: str = "out.jsonl", batch_size: int = 4, seed: int = 0, **how: Any) -> Any:
+        compare, dola = how.pop("compare", False), how.pop("dola", DoLaConfig())
+        path = write(tmp_path / "prompts.jsonl", lines)
+        prompts, errors = read_prompts(path, processor, model.config.language_config, dola, ROLES)
+        generation = {"max_new_tokens": 12, "do_sample": False} | how
+        wrapper = DoLaJanusWrapper(model, dola)
+        with Output(tmp_path / name, {}, errors) as output:
+            run_batch(
+                wrapper, processor, prompts, output, generation, batch_size=batch_size, seed=seed, compare=compare
+            )
+        assert wrapper.config == dola
+        return read(tmp_path / name)
+
+    return ask
+
+
+def cli_arguments(folder: Path, *more: str, prompts: str = "prompts.jsonl") -> list[str]:
+    return [
+        f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=6", f"prompts={folder / prompts}",
+        f"output={folder / 'out.jsonl'}", *more,
+    ]  # fmt: skip
+
+
+def test_every_batch_size_gives_the_answers_of_one_at_a_time(
+    ask: Any, model: Any, processor: Any, expected: dict[str, torch.Tensor]
+) -> None:
+    lines = golden_lines()
+    first = ask(lines, "1.jsonl", 1, max_new_tokens=8)
+    assert len(first) == len(lines) == 13
+    for size in (2, 5, len(lines)):
+        assert ask(lines, f"{size}.jsonl", size, max_new_tokens=8) == first
+    answers = ask(lines, "compare.jsonl", 5, compare=True, max_new_tokens=24)
+    for name, case in CASES.items():
+        for i, golden in enumerate(case["greedy_text"]):
+            assert answers[f"{name}/{i}"]["text_baseline"] == golden.strip()
+    # and those of the wrapper itself, from what the published processor prepared
+    for name in ("single_wide", "two_images", "multi_turn"):
+        trace = DoLaTrace()
+        ids = DoLaJanusWrapper(model).generate(
+            inputs_embeds=expected[f"{name}/inputs_embeds"], attention_mask=expected[f"{name}/attention_mask"],
+            max_new_tokens=24, do_sample=False, eos_token_id=481, pad_token_id=481, trace=trace,
+        )  # fmt: skip
+        line = answers[f"{name}/0"]
+        assert line["text"] == processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+        assert line["tokens"] == trace.lengths[0] == len(line["layers"])
+        assert line["layers"] == trace.layers[0, : trace.lengths[0]].tolist()
+
+
+def test_tokens_count_up_to_and_with_the_end(ask: Any, expected: dict[str, torch.Tensor]) -> None:
+    ends = expected["batch_left_padded/greedy"][:, 4].tolist()  # words that come up, as ends of sequence
+    off = ask(
+        golden_lines(), dola=DoLaConfig(use_dola_lm=False), batch_size=5, max_new_tokens=24, eos_token_id=[481, *ends]
+    )
+    lengths = set()
+    for name, case in CASES.items():
+        for i in range(len(case["conversations"])):
+            ids = expected[f"{name}/greedy"][i].tolist()
+            length = next((t for t, token in enumerate(ids, 1) if token in (481, *ends)), len(ids))
+            lengths.add(length)
+            assert (off[f"{name}/{i}"]["tokens"], off[f"{name}/{i}"]["layers"]) == (length, None)
+    assert len(lengths) > 3
+
+
+def test_a_stop_string_counts_the_same_in_any_batch(ask: Any) -> None:
+    alone = ask(golden_lines(), "1.jsonl", 1, stop_strings=["ing", "L"])
+    assert ask(golden_lines(), "5.jsonl", 5, stop_strings=["ing", "L"]) == alone
+    assert {line["tokens"] for line in alone.values()} >= {1, 2}
+
+
+def test_lines_may_have_dola_keys_of_their_own(ask: Any) -> None:
+    own: list[dict[str, Any]] = [
+        {}, {"use_dola_lm": False}, {"alpha": 0.5}, {"candidate_layers": [5]}, {"bucket_id": 0},
+        {"bucket_id": 0, "alpha": 1},
+    ]  # fmt: skip
+    mixed = ask([WIDE | keys | {"id": i} for i, keys in enumerate(own)] + [TALL | {"id": 9}], compare=True)
+    for i, keys in enumerate(own):
+        alone = ask([WIDE | {"id": i}], f"{i}.jsonl", dola=DoLaConfig(**keys), compare=True)
+        assert mixed[i] == alone[i]
+    assert mixed[1]["text"] == mixed[1]["text_baseline"] and mixed[1]["layers"] is None
+    assert set(mixed[3]["layers"]) == {5} and set(mixed[4]["layers"]) <= {2, 4, 6, 8, 10}
+    assert len({line["text"] for line in mixed.values()}) > 3
+
+
+def test_sampling_does_not_depend_on_the_other_lines(ask: Any) -> None:
+    lines = [TEXT | {"id": name} for name in "abcdef"]
+    draw = {"do_sample": True, "temperature": 1.5}
+    first = ask(lines, "1.jsonl", 8, **draw)
+    assert ask(lines[::-1][:4], "2.jsonl", 1, **draw) == {name: first[name] for name in "fedc"}
+    assert len({line["text"] for line in first.values()}) > 3  # the same question, but seeds of their own
+    assert ask(lines, "3.jsonl", 8, seed=1, **draw) != first
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "broken JSON": ('{"question": "Wh', "not JSON: Unterminated string"),
+    "no object": ("[1]", "a line must be a JSON object"),
+    "deep": ("[" * 100_000, "not JSON: maximum recursion depth"),
+    "no text": ('{"question": "\\ud800"}', "not JSON: 'utf-8' codec"),
+    "no question": ({"id": "x1"}, "exactly one of question and conversation must be given"),
+    "both": (TEXT | {"id": "x2", "conversation": [{"content": "Hi"}]}, "exactly one of question and conversation"),
+    "unknown key": (TEXT | {"id": "x3", "image": "a.png"}, "unknown key 'image', did you mean 'images'?"),
+    "no image": ({"id": "x4", "question": "Q", "images": ["nowhere.png"]}, "there is no file 'nowhere.png'"),
+    "broken image": ({"id": "x5", "question": "Q", "images": [str(CHECKPOINT / "config.json")]}, "is not an image"),
+    "tags": ({"id": "x6", "question": "<image_placeholder> Q"}, "got 0 for 1"),
+    "too long": ({"id": "x7", "question": "word " * 16384}, "too long: the prompt's"),
+    "duplicate": (TEXT | {"id": "good 1"}, "id must be of one line alone, got 'good 1' on line 11 and on line 1"),
+    "bad id": (TEXT | {"id": [1]}, "id must be a text or a whole number, got [1]"),
+    "alpha": (TEXT | {"id": "x8", "alpha": 2}, "alpha must be in [0, 1], got 2.0"),
+    "alpha's type": (TEXT | {"id": "x9", "alpha": "high"}, "alpha: Value 'high'"),
+    "layer": (TEXT | {"id": "x10", "candidate_layers": [31]}, "must be in 1...30, the model's layers, got 31"),
+    "interpolation": (TEXT | {"id": "x11", "alpha": "${oc.env:HOME}"}, "must not use an interpolation"),
+    "question's type": ({"id": "x12", "question": 5}, "question must be a text, got 5"),
+    "images' type": ({"id": "x13", "question": "Q", "images": "a.png"}, "images must be a list"),
+    "conversation's type": ({"id": "x14", "conversation": "Hi"}, "conversation must be a list of turns"),
+    "a turn": ({"id": "x15", "conversation": [{"content": 5}]}, "turn 1 must have content"),
+}
+
+
+def test_bad_lines_are_errors_and_the_rest_is_answered(tmp_path: Path, capsys: Any) -> None:
+    good = [WIDE | {"id": "good 1"}, TALL, TEXT | {"id": 7}]
+    names = list(BAD)
+    names.insert(9, names.pop(names.index("duplicate")))
+    bad = [BAD[name][0] for name in names]
+    write(tmp_path / "prompts.jsonl", [good[0], *bad, "", *good[1:]])
+    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=3")) == 1
+    assert f"{len(BAD)} of {len(BAD) + 3} prompts are errors" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == len(BAD) + 3
+    answers = {line["id"]: line for line in lines if "error" not in line}
+    errors = [(line["id"], line["error"]) for line in lines if "error" in line]
+    for number, (name, given) in enumerate(zip(names, bad, strict=True), 2):
+        own = given.get("id") if isinstance(given, dict) else None
+        own = own if isinstance(own, str) else f"line {number}"
+        assert [BAD[name][1] in error for key, error in errors if key == own] == [True], name
+
+    write(tmp_path / "good.jsonl", [good[0] | {"id": "good 1"}, TALL | {"id": f"line {len(BAD) + 3}"}, good[2]])
+    (tmp_path / "alone").mkdir()
+    assert inference_dola.run([*cli_arguments(tmp_path, prompts="good.jsonl"), f"output={tmp_path / 'alone/out'}"]) == 0
+    assert read(tmp_path / "alone/out") == answers
+
+    # A run that has nothing left to do says the same, and adds nothing.
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=2")) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(tmp_path: Path) -> None:
+    lines = [TEXT | {"id": i, "question": f"What is {i} + {i}?"} for i in range(30)]
+    write(tmp_path / "prompts.jsonl", [*lines, "broken", TALL, WIDE | {"images": ["nowhere.png"]}])
+    more = ["batch_size=2"]
+    whole = tmp_path / "whole.jsonl"
+    assert inference_dola.run([*cli_arguments(tmp_path, *more), f"output={whole}"]) == 1
+    out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
+    processes = multiprocessing.get_context("forkserver")  # imports once
+    processes.set_forkserver_preload(["inference_dola"])
+    counts = []
+    for wanted in (0, 1, 4, 11, 18):  # lines there when it is killed; 0: as soon as the settings are
+        process = processes.Process(target=inference_dola.run, args=[cli_arguments(tmp_path, *more)])
+        process.start()
+        deadline = time.monotonic() + 60
+        while not beside.exists() or (wanted and out.read_bytes().count(b"\n") < wanted):
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        counts.append(out.read_bytes().count(b"\n") if out.exists() else 0)
+    assert counts == sorted(counts) and counts[-1] < len(lines) + 3 and len(set(counts)) > 3
+    # a line cut short, as by a full disk
+    out.write_bytes(out.read_bytes()[:-9])
+    assert inference_dola.run(cli_arguments(tmp_path, *more)) == 1
+    assert read(out) == read(whole) and len(read(out)) == len(lines) + 3
+
+
+def test_an_output_cut_at_any_byte_is_repaired(tmp_path: Path) -> None:
+    errors = [{"id": "a", "error": "id must be of one line alone"}, {"id": "line 2", "error": "not JSON"}]
+    answers = [{"id": "a", "text": "£\n\u2028", "tokens": 2, "layers": [1, 2]}, {"id": 2, "error": "no file"}]
+    path = tmp_path / "out.jsonl"
+    with Output(path, {"alpha": 0.1}, errors) as output:
+        assert (output.write(answers), output.write(answers), output.done, output.failed) == (2, 0, {"a", 2}, 3)
+    data = path.read_bytes()
+    for cut in range(len(data) + 1):
+        path.write_bytes(data[:cut])
+        with Output(path, {"alpha": 0.1}, errors) as output:
+            kept = data[:cut].count(b"\n")
+            assert output.done == {answer["id"] for answer in answers[: max(0, kept - 2)]}
+            assert output.write(answers) == min(2, 4 - kept)
+        assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("more", "differs"),
+    [
+        (["alpha=0.2"], "alpha was 0.1 and is 0.2"),
+        (["use_dola_lm=false", "seed=3"], "use_dola_lm was True and is False, seed was 0 and is 3"),
+        (["generation.max_new_tokens=7"], "generation was {'max_new_tokens': 6, 'do_sample': False} and is"),
+        (["dtype=bfloat16"], "dtype was 'torch.float32' and is 'torch.bfloat16'"),
+        (["compare=true"], "compare was False and is True"),
+        (["roles=[User,Assistant]"], "roles was"),
+        (["model_path=demo/checkpoint"], "model_path was"),
+        (["prompts=PROMPTS"], "prompts was 'sha256 "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], differs: str
+) -> None:
+    monkeypatch.chdir(inference_dola.ROOT)
+    write(tmp_path / "prompts.jsonl", ["broken"])  # needs no weights
+    other = str(write(tmp_path / "other.jsonl", ["broken too"]))
+    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
+    assert inference_dola.run(cli_arguments(tmp_path)) == 1
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds answers of other settings") as error:
+        inference_dola.run(cli_arguments(tmp_path, *(item.replace("PROMPTS", other) for item in more)))
+    assert differs in str(error.value)
+    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=3", "device=auto", "dtype=float32")) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["output=a.jsonl"], "prompts and output must be given together, got None and 'a.jsonl'"),
+        (["prompts=PROMPTS"], "prompts and output must be given together, got 'prompts.jsonl' and None"),
+        (["BOTH", "question=Why?"], "prompts and question must not both be given, got 'prompts.jsonl' and 'Why?'"),
+        (["BOTH", "image=a.png"], "prompts and images must not both be given"),
+        (["BOTH", "conversation=[{content: Hi}]"], "prompts and conversation must not both be given"),
+        (["BOTH", "stream=true"], "prompts and stream must not both be given"),
+        (["BOTH", "trace=here"], "prompts and trace must not both be given"),
+        (["BOTH", "batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["BOTH", "batch_size=two"], "batch_size: Value 'two'"),
+        (["BOTH", "generation.num_return_sequences=2"], "generation.num_return_sequences must be left off in a batch"),
+        (["BOTH", "generation.max_length=1"], "generation.max_length must be left off in a batch run, got 1"),
+        (["BOTH", "generation.penalty_alpha=0.6"], "generation.penalty_alpha must be left off in a batch run, got 0.6"),
+        (["BOTH", "generation.max_new_tokens=-1"], "max_new_tokens"),
+        (["BOTH", "generation.max_new_tokns=1"], "did you mean 'generation.max_new_tokens'"),
+        (["BOTH", "bucket_id=3"], "bucket_id must be 0, 1 or 2, got 3"),
+        (["BOTH", "candidate_layers=[31]"], "must be in 1...30, the model's layers, got 31"),
+        (["prompts=nowhere", "output=a.jsonl"], "prompts must name a file that can be read, got 'nowhere'"),
+        (["prompts=PROMPTS", "output=folder"], "output must name a file that can be written, got 'folder'"),
+        (["prompts=PROMPTS", "output=other.jsonl"], "'other.jsonl' is not a batch run's"),
+        (["prompts=PROMPTS", "output=PROMPTS"], "'prompts.jsonl' is not a batch run's"),
+    ],
+    ids=lambda value: value[-1][:40] if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_before_the_weights_are_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("prompts.jsonl"), [WIDE])
+    Path("other.jsonl").write_text("mine")
+    Path("folder").mkdir()
+    both = ["prompts=prompts.jsonl", "output=out.jsonl"]
+    given = [
+        part
+        for argument in arguments
+        for part in (both if argument == "BOTH" else [argument.replace("PROMPTS", "prompts.jsonl")])
+    ]
+    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(sys, "argv", ["inference_dola.py", f"model_path={CHECKPOINT}", *given])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(inference_dola.run)
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and message in err
+    assert Path("other.jsonl").read_text() == "mine" and not Path("out.jsonl").exists()
+    assert json.loads(Path("prompts.jsonl").read_text()) == WIDE
+
+
+def ask_for_too_much(how: str) -> None:
+    if how == "cpu":
+        torch.empty(2**50)  # what PyTorch itself raises where memory runs out
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("how", ["cpu", "cuda"])
+def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, how: str) -> None:
+    lines = golden_lines()
+    want = ask(lines, "whole.jsonl", 8)
+    rows: list[int] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["inputs_embeds"] is not None and kwargs["inputs_embeds"].shape[1] > 1:  # a prompt
+            rows.append(len(kwargs["inputs_embeds"]))
+            if rows[-1] > 2:
+                ask_for_too_much(how)
+
+    handle = model.language_model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        assert ask(lines, "small.jsonl", 8) == want
+    finally:
+        handle.remove()
+    assert rows == [8, 4, 2, 2, 2, 2, 2, 2, 1]
+    err = capsys.readouterr().err
+    assert "batch_size 8 is too much, going on with 4" in err and "batch_size 4 is too much, going on with 2" in err
+    assert "out of memory (" in err
+
+
+def test_a_prompt_that_does_not_fit_alone_is_an_error_and_other_errors_are_not_hidden(ask: Any, model: Any) -> None:
+    lines = [WIDE | {"id": "long"}, TEXT | {"id": "short"}]
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["inputs_embeds"] is not None and kwargs["inputs_embeds"].shape[1] > 60:
+            ask_for_too_much(failure)
+
+    handle = model.language_model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        failure = "cpu"
+        answers = ask(lines)
+        handle.remove()
+        handle = model.language_model.model.register_forward_pre_hook(lambda *a: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            ask(lines, "2.jsonl")
+    finally:
+        handle.remove()
+    assert "can't allocate memory" in answers["long"].pop("error") and answers.pop("long") == {"id": "long"}
+    assert answers == ask(lines[1:], "3.jsonl")
+
+
+def test_batches_share_a_configuration_and_start_with_the_longest(tmp_path: Path, model: Any, processor: Any) -> None:
+    lines = [TEXT | {"id": 0}, WIDE | {"id": 1}, TEXT | {"id": 2, "alpha": 0.5}, TALL | {"id": 3, "alpha": 0.5}]
+    path = write(tmp_path / "prompts.jsonl", lines)
+    prompts, errors = read_prompts(path, processor, model.config.language_config, DoLaConfig(), ROLES)
+    assert errors == [] and all(isinstance(prompt, Prompt) for prompt in prompts)
+    for prompt, line in zip(prompts, lines, strict=True):
+        images = inference_dola.load_pil_images(prompt.turns)
+        assert prompt.length == len(processor.process_one(conversations=prompt.turns, images=images)), line
+    with Output(tmp_path / "out.jsonl", {}) as output:
+        run_batch(
+            DoLaJanusWrapper(model), processor, prompts, output, {"max_new_tokens": 3, "do_sample": False}, batch_size=4
+        )
+    assert list(read(tmp_path / "out.jsonl")) == [1, 0, 3, 2]
