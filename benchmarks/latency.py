@@ -21,14 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from janus_dola.cli import DTYPES, explain, main, pick_device
+from janus_dola.cli import DTYPES, main, pick_device, read_config
 from janus_dola.readout import Readout
 from janus_dola.wrapper import DoLaLogitsProcessor
 
@@ -447,19 +445,8 @@ def ratio(quarters: Sequence[float]) -> str:
     return f"{median:.3f} ({first:.3f} to {third:.3f})"
 
 
-def parse(argv: Sequence[str]) -> Options:
-    for argument in argv:
-        if "=" not in argument:
-            raise ValueError(f"arguments must be written key=value, got {argument!r}")
-    try:
-        given: Any = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist([*argv]))
-        return Options(**OmegaConf.to_container(given))  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, Options)) from error
-
-
 def run(argv: Sequence[str]) -> None:
-    options = parse(argv)
+    options = read_config(Options, argv, None)
     if options.threads:
         torch.set_num_threads(options.threads)
     device, _ = pick_device(options.device, "float32")

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
 from transformers.utils import logging
@@ -21,7 +19,7 @@ from transformers.utils import logging
 from benchmarks.latency import ROOT, at_least, machine
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
-from janus_dola.cli import explain, main
+from janus_dola.cli import main, read_config
 
 KINDS = ("off", "on", "trace", "beams", "stream")
 
@@ -80,19 +78,8 @@ def slope(values: Sequence[float]) -> float:
     return float(np.polyfit(range(len(values)), values, 1)[0])
 
 
-def parse(argv: Sequence[str]) -> Options:
-    for argument in argv:
-        if "=" not in argument:
-            raise ValueError(f"arguments must be written key=value, got {argument!r}")
-    try:
-        given: Any = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist([*argv]))
-        return Options(**OmegaConf.to_container(given))  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, Options)) from error
-
-
 def run(argv: Sequence[str]) -> None:
-    options = parse(argv)
+    options = read_config(Options, argv, None)
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.disable_progress_bar()

@@ -1,6 +1,5 @@
 """Many prompts to one file of answers, in batches; a run that was killed goes on where it was: `run_batch`."""
 
-import difflib
 import hashlib
 import json
 import sys
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from janus_dola.cli import build_conversation, explain, first_line, refuse_interpolations
+from janus_dola.cli import build_conversation, check_settings, explain, first_line, refuse_interpolations, unknown_key
 from janus_dola.config import DoLaConfig
 from janus_dola.trace import DoLaTrace, _lengths
 from janus_dola.wrapper import UNSUPPORTED, DoLaJanusWrapper
@@ -144,9 +143,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _turns(given: Mapping[str, Any], roles: Sequence[str]) -> list[dict[str, Any]]:
     for key in given:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(KEYS)}"
-            raise ValueError(f"unknown key {key!r}, {hint}")
+            raise ValueError(unknown_key(key, KEYS))
     question, images, conversation = (given.get(key) for key in ("question", "images", "conversation"))
     if not isinstance(question, (str, type(None))):
         raise ValueError(f"question must be a text, got {question!r}")
@@ -226,12 +223,7 @@ class Output:
             return
         if not beside.exists():
             raise ValueError(f"output: {str(self.path)!r} is not a batch run's, it has no {beside.name} beside it")
-        before = json.loads(beside.read_text(encoding="utf-8"))
-        if differs := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
-            changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in differs)
-            raise ValueError(
-                f"output: {str(self.path)!r} holds answers of other settings ({changes}); give another output"
-            )
+        check_settings(self.path, "answers", json.loads(beside.read_text(encoding="utf-8")), settings)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> int:
         """Adds the lines of prompts that have none; they are in the file when it returns how many they were."""

@@ -23,6 +23,7 @@ from janus_dola.cli import (
     ModelConfig,
     build_conversation,
     check_generation,
+    check_settings,
     load_model,
     load_processor,
     main,
@@ -298,10 +299,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[int, dict[str, An
     lines = [json.loads(line) for line in whole.splitlines()]
     if not lines:
         return {}
-    before = lines[0]["settings"]
-    if differs := sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)):
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in differs)
-        raise ValueError(f"output: {str(path)!r} holds results of other settings ({changes}); give another output")
+    check_settings(path, "results", lines[0]["settings"], settings)
     return {line["line"]: line["results"] for line in lines[1:]}
 
 

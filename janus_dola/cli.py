@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -17,7 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from janus_dola.config import DoLaConfig
 
-T = TypeVar("T", bound="ModelConfig")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 IMAGE_TAG = "<image_placeholder>"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -126,11 +129,24 @@ def explain(error: OmegaConfBaseException, schema: type) -> str:
     key = str(error.full_key or error.key or "")
     names = [item.name for item in fields(schema)]
     if key and re.split(r"[.\[]", key)[0] not in names:
-        near = difflib.get_close_matches(key, names, n=1)
-        return f"unknown key {key!r}" + (
-            f", did you mean {near[0]!r}?" if near else f", allowed are {', '.join(names)}"
-        )
+        return unknown_key(key, names)
     return f"{key or 'config'}: {first_line(error)}"
+
+
+def unknown_key(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(names)}")
+
+
+def check_settings(path: Path, holds: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """For a file that a run goes on with: what it `holds` must have been made with the same settings.
+
+    Raises:
+        ValueError: They differ; the message names in what.
+    """
+    if differs := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differs)
+        raise ValueError(f"output: {str(path)!r} holds {holds} of other settings ({changes}); give another output")
 
 
 def first_line(error: BaseException) -> str:

@@ -107,7 +107,7 @@ def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) 
         M = index[divergence[:, index].nan_to_num(nan=-1.0).argmax(-1)]
     log_qM = log_qj[rows, M]
     lost = log_qM[:, :1].isnan()  # softmax makes NaN of all words or none
-    return M.masked_fill(lost[:, 0], log_qj.shape[1]), log_qM.masked_fill(lost, 0.0)
+    return M.masked_fill(lost[:, 0], log_qj.shape[1]), log_qM.masked_fill_(lost, 0.0)
 
 
 def head_mask(log_qN: Tensor, alpha: float) -> Tensor:

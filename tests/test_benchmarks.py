@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import latency
+from janus_dola.cli import read_config
 from janus_dola.readout import Readout
 
 TINY = ["shape=tiny", "batch=2", "layers=2", "prompt=9", "tokens=3", "device=cpu"]
@@ -32,7 +33,7 @@ def test_latency_writes_json_and_markdown(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_peak_memory_is_of_the_run() -> None:
-    options = latency.parse(TINY)
+    options = read_config(latency.Options, TINY, None)
     peak = latency.peak_memory(options, latency.Setting("tiny", 2, 2, 1), "dola")
     assert 50 * 2**20 < peak < 64 * 2**30
 
