@@ -23,7 +23,8 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     `torch.log_softmax` keeps a few running sums over the 102,400 words: on a CPU with short vectors its q adds up to 1
     within 1e-5 only, which the JSD inherits. `sum` adds in pairs. Both results share the exp, which is the costly part.
     """
-    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)) - logits.amax(-1, keepdim=True)
+    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # then in place: see `jsd`
+    log_q -= logits.amax(-1, keepdim=True)
     q = log_q.exp()
     Z = q.sum(-1, keepdim=True)
     return q.div_(Z), log_q.sub_(Z.log())
