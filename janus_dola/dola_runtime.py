@@ -56,19 +56,20 @@ def jsd(P: Tensor, Q: Tensor, log_P: Tensor | None = None, log_Q: Tensor | None 
 
     Args:
         P, Q: Probabilities [..., V], broadcast against each other.
-        log_P, log_Q: Their logarithms, where the caller has them: two passes over the vocabulary less.
+        log_P, log_Q: Their logarithms, where the caller has them: two passes over the vocabulary less. log P may be −∞
+            where P is 0; a log Q of −∞ makes NaN.
 
     Returns:
         [...].
     """
-    log_P = (P + EPS).log_() if log_P is None else log_P
+    log_P = (P + EPS).log_() if log_P is None else log_P.clamp(min=LOG_EPS)
     log_Q = (Q + EPS).log_() if log_Q is None else log_Q
     # In place where the tensor is new here, and of the shape of both: fresh memory costs more than the arithmetic.
     log_M = torch.add(P / 2 + EPS, Q, alpha=0.5).log_()
-    # Where P or Q is 0 its logarithm may be −∞: the bound makes that a product with 0, and changes nothing else.
-    kl_Q = (log_Q - log_M).clamp_(min=LOG_EPS).mul_(Q).sum(-1)
-    kl_P = -log_M.sub_(log_P).clamp_(max=-LOG_EPS).mul_(P).sum(-1)
-    return ((kl_P + kl_Q) / 2).clamp(0.0, math.log(2.0))
+    terms = (
+        (log_Q - log_M).mul_(Q).addcmul_(log_M.sub_(log_P), P, value=-1)
+    )  # of both KL; a word's sum is never negative
+    return (terms.sum(-1) / 2).clamp(0.0, math.log(2.0))
 
 
 def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
@@ -87,8 +88,8 @@ def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
 def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
     """M of each row, and its log q_M.
 
-    An exit that overflowed (in float16) is NaN, which argmax would pick. It counts as the least divergent; where it is
-    chosen all the same, there is nothing to subtract: the row's M is J, which stands for N, and its log q_M 0.
+    The JSD of an exit that overflowed (in float16) is NaN, which argmax would pick. It counts as the least divergent;
+    where it is chosen all the same, there is nothing to subtract: the row's M is J, for N, and its log q_M 0.
 
     Args:
         log_qj: The exits' log-probabilities, [rows, J, V].
@@ -107,7 +108,7 @@ def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) 
         index = torch.tensor(candidates, device=log_qj.device)
         M = index[divergence[:, index].nan_to_num(nan=-1.0).argmax(-1)]
     log_qM = log_qj[rows, M]
-    lost = log_qM[:, :1].isnan()  # softmax makes NaN of all words or none
+    lost = ~log_qM.amin(-1, keepdim=True).isfinite()  # NaN is less than all
     return M.masked_fill(lost[:, 0], log_qj.shape[1]), log_qM.masked_fill_(lost, 0.0)
 
 

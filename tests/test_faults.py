@@ -76,6 +76,8 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
             ["candidate_layers=[!!python/object/apply:os.mkdir [ran]]"],
             "are not YAML: could not determine a constructor",
         ),
+        (["images=5"], "images must be paths or data URLs, got 5"),
+        (["images=[5]"], "images must be paths or data URLs, got [5]"),
         (["alpha=nan"], "alpha must be in [0, 1], got nan"),
         (["device=meta"], "device must be auto, cpu, cuda or mps, and be there, got 'meta'"),
         (["model_path=../x"], "model_path '../x' cannot be loaded"),
@@ -88,11 +90,20 @@ def test_arguments(capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list
 
 
 def test_a_trace_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    """It is refused before the model is asked."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sys, "argv", ["x", *TEXT, "question=What?", f"trace={tmp_path / 'file' / 'below'}"])
+    trace = f"trace={tmp_path / 'file' / 'below'}"
+    assert "[Errno 20] Not a directory: " in fails(capsys, monkeypatch, *TEXT, "question=What?", trace)
+
+
+def test_a_heatmap_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["x", *TEXT, "question=What?", f"trace={tmp_path}"])
     with pytest.raises(SystemExit, match="2"):
         cli.main(inference_dola.run)
-    assert capsys.readouterr().err.startswith("error: [Errno 20] Not a directory: ")
+    out, err = capsys.readouterr()
+    assert out and (tmp_path / "trace.jsonl").exists()  # the answer is not lost
+    assert err == "error: DoLaTrace.heatmap needs matplotlib: pip install 'janus-dola[viz]'\n"
 
 
 @pytest.mark.parametrize(
@@ -535,7 +546,7 @@ def logits() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 50, generator=generator) * 2, torch.randn(3, 3, 50, generator=generator) * 2
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_an_exit_that_overflowed_is_not_chosen(logits: tuple[Tensor, Tensor], bad: float) -> None:
     """float16 overflows; argmax takes NaN for the largest divergence, and made NaN of the row, which is word 0."""
     final, exits = logits
@@ -551,11 +562,14 @@ def test_an_exit_that_overflowed_is_not_chosen(logits: tuple[Tensor, Tensor], ba
     torch.testing.assert_close(step(final, broken)[[0, 2]], want[[0, 2]], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("J", [1, 3])
-def test_without_any_exit_that_is_a_number_there_is_nothing_to_subtract(logits: tuple[Tensor, Tensor], J: int) -> None:
+def test_without_any_exit_that_is_finite_there_is_nothing_to_subtract(
+    logits: tuple[Tensor, Tensor], J: int, bad: float
+) -> None:
     final, exits = logits[0], logits[1][:, :J].clone()
     want = step(final, exits)
-    exits[1] = torch.nan
+    exits[1, :, 7] = bad
     got = step(final, exits)
     torch.testing.assert_close(got[1:2], contrast(log_softmax(final[1:2]), None, 0.05), atol=1e-6, rtol=0)
     torch.testing.assert_close(got[[0, 2]], want[[0, 2]], atol=0, rtol=0)
