@@ -59,12 +59,10 @@ class InferenceConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.images = [self.images] if isinstance(self.images, str) else list(self.images or [])
-        if self.image is not None:
-            self.images = [self.image]
-        for image in self.images:
-            if not isinstance(image, str):
-                raise ValueError(f"images must be paths or data URLs, got {image!r}")
+        images = self.images if self.image is None else self.image
+        self.images = [] if images is None else [images] if isinstance(images, str) else images
+        if not isinstance(self.images, list) or not all(isinstance(image, str) for image in self.images):
+            raise ValueError(f"images must be paths or data URLs, got {self.images!r}")
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
         for key in ("question", "images", "conversation", "stream", "trace"):
@@ -110,6 +108,8 @@ def answer_one(config: InferenceConfig) -> None:
     turns = build_conversation(config.roles, config.question, config.images, config.conversation)
     pil_images = load_pil_images(turns)
     check_generation(config.generation)
+    if config.trace:
+        Path(config.trace).mkdir(parents=True, exist_ok=True)
     device, dtype = pick_device(config.device, config.dtype)
     processor = load_processor(config)
     inputs = processor(conversations=turns, images=pil_images).to(device, dtype)
@@ -153,7 +153,6 @@ def report(trace: DoLaTrace, tokenizer: Any, config: InferenceConfig) -> None:
         print(f"{'layers':<10}{' '.join(str(layer) for layer in trace.layers[0][: trace.lengths[0]].tolist())}")
     if config.trace:
         folder = Path(config.trace)
-        folder.mkdir(parents=True, exist_ok=True)
         trace.save(folder / "trace.jsonl")
         trace.heatmap(folder / "trace.png", tokenizer)
         print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")

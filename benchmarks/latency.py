@@ -234,9 +234,9 @@ def prompt_for(model: Any, setting: Setting, length: int) -> dict[str, Any]:
     }
 
 
-def device_of(options: Options, shape: str) -> tuple[torch.device, torch.dtype]:
-    random = options.dtype == "auto" and shape != "demo"
-    return pick_device(options.device, "bfloat16" if random else options.dtype)
+def device_of(shape: str, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What "auto" stands for; random weights are in bfloat16, like the published ones."""
+    return pick_device(device, "bfloat16" if dtype == "auto" and shape != "demo" else dtype)
 
 
 # What to measure.
@@ -303,7 +303,7 @@ def peak_memory(options: Options, setting: Setting, variant: str) -> int:
     """Peak bytes of one run, in the device's memory or the process's. Call it in a fresh process."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, dtype = device_of(options, setting.shape)
+    device, dtype = device_of(setting.shape, options.device, options.dtype)
     with torch.inference_mode():
         model = build(setting.shape, device, dtype)
         prompt = prompt_for(model, setting, options.prompt)
@@ -335,7 +335,7 @@ def measure(options: Options, report: Callable[[list[dict[str, Any]]], None]) ->
                 bar.set_description(f"{shape} memory {variant}")
                 peaks[setting, variant] = in_fresh_process(peak_memory, options, setting, variant)
                 bar.update()
-            device, dtype = device_of(options, shape)  # only now: two models at once may not fit
+            device, dtype = device_of(shape, options.device, options.dtype)  # only now: two models at once may not fit
             model = build(shape, device, dtype)
             for setting in settings:
                 bar.set_description(f"{shape} batch {setting.batch} J {setting.layers} beams {setting.beams}")

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from benchmarks.latency import machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.batch import fingerprint
 from janus_dola.calibrate import BASELINE, interval, read_results
 from janus_dola.cli import first_line, main, read_config
 from janus_dola.dola_runtime import candidates_in_bucket
@@ -237,8 +238,8 @@ def run(argv: Sequence[str]) -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     saved = out.with_name(out.name + ".jsonl")
-    # `limit` may grow from run to run: the questions answered stay.
-    settings = {key: value for key, value in asdict(options).items() if key in ("data", "model")}
+    # Results are kept by line number. `limit` may grow from run to run: the questions answered stay.
+    settings = {"data": fingerprint(options.data), "model": options.model}
     done = read_results(saved, settings)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -158,7 +158,7 @@ def main(run: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command line: an error of the user's is one line on stderr and exit code 2."""
     try:
         sys.exit(run(sys.argv[1:]) or 0)
-    except (ValueError, OSError) as error:  # OSError: a file that cannot be written
+    except (ValueError, OSError, ImportError) as error:  # a file that cannot be written, an extra not installed
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """The configuration of DoLa: a structured config for OmegaConf, and its checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from janus_dola.dola_runtime import candidates_in_bucket
 
@@ -27,15 +29,13 @@ class DoLaConfig:
     bucket_id: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:  # also refuses NaN
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        if self.bucket_id not in (0, 1, 2):
-            raise ValueError(f"bucket_id must be 0, 1 or 2, got {self.bucket_id}")
-        for layer in self.candidate_layers or ():
-            if not isinstance(layer, int) or layer < 1:
-                raise ValueError(
-                    f"candidate_layers must be whole numbers from 1 to the number of layers, got {layer!r}"
-                )
+        if not isinstance(self.alpha, Real) or not 0 <= self.alpha <= 1:  # also refuses NaN
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha!r}")
+        if not isinstance(self.bucket_id, Integral) or self.bucket_id not in (0, 1, 2):
+            raise ValueError(f"bucket_id must be 0, 1 or 2, got {self.bucket_id!r}")
+        layers = () if self.candidate_layers is None else self.candidate_layers
+        if not isinstance(layers, Sequence) or any(not isinstance(layer, int) or layer < 1 for layer in layers):
+            raise ValueError(f"candidate_layers must be whole numbers from 1 to the number of layers, got {layers!r}")
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The candidate layers for a model of `num_layers` decoder layers, lowest first, each once.

@@ -93,7 +93,7 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
         FigureCanvasAgg(figure)
         axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
         jsd = trace.jsd[sequence, :length]
-        top = max(float(jsd.max()) if length else 0.0, 1e-6)
+        top = max(float(jsd.nan_to_num().max()) if length else 0.0, 1e-6)
         image = None
         for panel, axis in enumerate(axes):
             steps = range(panel * STEPS_PER_PANEL, min((panel + 1) * STEPS_PER_PANEL, length))

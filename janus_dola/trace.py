@@ -1,6 +1,7 @@
 """What happened at each step of a generation: the layers' divergence, the choice of layer, what DoLa changed."""
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +110,11 @@ class DoLaTrace:
     # The reader's side.
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes JSON lines: a header, then one object per sequence with a list entry per step. −∞ is null."""
+        """Writes JSON lines: a header, then one object per sequence with a list entry per step.
+
+        JSON has neither −∞ nor NaN: they are null, in log-probabilities −∞ and in JSD the NaN of an exit that
+        overflowed.
+        """
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines())
         Path(path).write_text(text, encoding="utf-8")
 
@@ -134,7 +139,8 @@ class DoLaTrace:
             for name in ("mature_logprobs", "logprobs"):
                 values = [[-torch.inf if x is None else x for x in row[name]] for row in rows]
                 setattr(trace, name, torch.tensor(values, dtype=torch.float32).reshape(S, T))
-            trace.jsd = torch.tensor([row["jsd"] for row in rows], dtype=torch.float32).reshape(S, T, J)
+            jsd = [[[torch.nan if x is None else x for x in step] for step in row["jsd"]] for row in rows]
+            trace.jsd = torch.tensor(jsd, dtype=torch.float32).reshape(S, T, J)
             trace.lengths = torch.tensor([row["length"] for row in rows], dtype=torch.long)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"path must be a file that DoLaTrace.save wrote, got {str(path)!r}: {error}") from error
@@ -155,8 +161,9 @@ class DoLaTrace:
             row: dict[str, Any] = {"length": length}
             for name in ("tokens", "mature_tokens", "layers", "head_sizes", "mature_logprobs", "logprobs", "jsd"):
                 row[name] = getattr(self, name)[s].tolist()
-            for name in ("mature_logprobs", "logprobs"):  # JSON has no infinity
-                row[name] = [None if x == -torch.inf else x for x in row[name]]
+            for name in ("mature_logprobs", "logprobs"):
+                row[name] = [x if math.isfinite(x) else None for x in row[name]]
+            row["jsd"] = [[x if math.isfinite(x) else None for x in step] for step in row["jsd"]]
             lines.append(row)
         return lines
 

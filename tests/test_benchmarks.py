@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import latency
+from benchmarks import latency, profile_step
 from janus_dola.cli import read_config
 from janus_dola.readout import Readout
 
@@ -84,3 +84,16 @@ def test_quartiles_are_of_paired_ratios() -> None:
 def test_latency_refuses(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         latency.run([*TINY, argument])
+
+
+def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()]
+    profile_step.run(["shape=tiny", "layers=2", "prompt=9", "tokens=5", "device=cpu"])
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    baseline, dola = ({row[0]: float(row[column]) for row in table[1:]} for column in (2, 4))  # operations
+    assert list(dola) == ["decoder layers", "lm_head", *profile_step.OF_DOLA, profile_step.REST, "total"]
+    assert baseline["decoder layers"] == dola["decoder layers"] > 50
+    assert all(baseline[name] == 0 < dola[name] for name in profile_step.OF_DOLA)
+    assert [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()] == before
+    with pytest.raises(ValueError, match="tokens must be a whole number of at least 3, got 2"):
+        profile_step.run(["tokens=2"])

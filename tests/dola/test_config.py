@@ -28,8 +28,13 @@ def test_candidate_layers_win_over_bucket_id() -> None:
         ({"alpha": 1.5}, "got 1.5"),
         ({"alpha": math.nan}, "got nan"),
         ({"bucket_id": 3}, "bucket_id must be 0, 1 or 2, got 3"),
-        ({"candidate_layers": [0]}, "candidate_layers .* got 0"),
-        ({"candidate_layers": [2.5]}, "candidate_layers .* got 2.5"),
+        ({"candidate_layers": [0]}, r"candidate_layers .* got \[0\]"),
+        ({"candidate_layers": [2.5]}, r"candidate_layers .* got \[2.5\]"),
+        ({"candidate_layers": 5}, "candidate_layers .* got 5"),
+        ({"candidate_layers": "12"}, "candidate_layers .* got '12'"),
+        ({"alpha": "x"}, "alpha .* got 'x'"),
+        ({"alpha": None}, "alpha .* got None"),
+        ({"bucket_id": 1.0}, "bucket_id .* got 1.0"),
     ],
 )
 def test_refused(arguments: dict[str, Any], message: str) -> None:

@@ -264,6 +264,10 @@ def test_save_and_load(wrapper: DoLaJanusWrapper, prompt: dict[str, Any], tmp_pa
         assert getattr(loaded, name).dtype == getattr(trace, name).dtype
     loaded.jsd[1, 2, 3] += 0.01
     assert loaded != trace
+    trace.jsd[1, 2, 3] = torch.nan  # an exit that overflowed: what was computed is not lost over it
+    trace.save(tmp_path / "x.jsonl")
+    loaded = DoLaTrace.load(tmp_path / "x.jsonl")
+    assert loaded == trace and loaded.jsd.isnan().nonzero().tolist() == [[1, 2, 3]]
 
 
 def test_save_and_load_without_layers(model: Any, prompt: dict[str, Any], tmp_path: Path) -> None:

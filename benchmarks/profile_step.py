@@ -1,0 +1,152 @@
+"""Where the time of a decode step goes: python -m benchmarks.profile_step [key=value ...], such as shape=7b layers=8
+
+torch.profiler's time of each part of a step, with DoLa off and on, and how many kernels each part starts.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+from benchmarks.latency import SHAPES, Setting, at_least, build, device_of, generate, machine, prompt_for, synchronize
+from janus_dola import wrapper
+from janus_dola.cli import main, read_config
+from janus_dola.readout import Readout
+
+# What is timed: functions that a step calls one after the other, none from within another.
+OF_DOLA = {
+    "exits: norm, append": (Readout, "_append"),
+    "softmax of q_N, q_j": (wrapper, "softmax"),
+    "JSD": (wrapper, "jsd"),
+    "choice of M": (wrapper, "premature"),
+    "contrast": (wrapper, "contrast"),
+}
+REST = "rest of generate"
+
+
+@dataclass
+class Options:
+    """The command line.
+
+    Attributes:
+        shape, layers, prompt, tokens, device, dtype, threads: As of `benchmarks.latency`, one value each.
+    """
+
+    shape: str = "1b"
+    layers: int = 4
+    prompt: int = 640
+    tokens: int = 17
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("demo", *SHAPES):
+            raise ValueError(f"shape must be one of demo, {', '.join(SHAPES)}, got {self.shape!r}")
+        for key, minimum in (("layers", 1), ("prompt", 1), ("tokens", 3), ("threads", 0)):
+            at_least(key, getattr(self, key), minimum)
+
+
+@contextmanager
+def labelled(model: Any) -> Iterator[list[str]]:
+    """Within it the profiler sees the parts of a step by these names."""
+
+    def label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    parts: list[tuple[str, Any, str]] = [("lm_head", model.lm_head, "forward")]
+    parts += [("decoder layers", layer, "forward") for layer in model.model.layers]
+    parts += [(name, owner, attribute) for name, (owner, attribute) in OF_DOLA.items()]
+    with ExitStack() as stack:
+        for name, owner, attribute in parts:
+            stack.enter_context(patch.object(owner, attribute, label(name, getattr(owner, attribute))))
+        yield ["decoder layers", "lm_head", *OF_DOLA]
+
+
+def steps_of(model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds and operations of each part, a step: the mean of all steps but the prompt's and the one after it."""
+    cuda = model.device.type == "cuda"
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    passes, start = 0, 0.0
+
+    def begin(module: Any, args: Any) -> None:
+        nonlocal passes, start
+        passes += 1
+        if passes == 3:
+            synchronize(model.device)
+            profiler.start()
+            start = time.perf_counter()
+
+    handle = model.register_forward_pre_hook(begin)
+    with labelled(model) as names:
+        try:
+            generate(model, variant, J, max_new_tokens=tokens, **prompt)
+            synchronize(model.device)
+            seconds = time.perf_counter() - start
+        finally:
+            handle.remove()
+            profiler.stop()
+    steps = tokens - 2
+    table = dict.fromkeys(names, (0.0, 0.0))
+    everything = 0
+    for event in profiler.events():
+        if event.cpu_parent is None:
+            everything += operations(event, cuda)
+        if event.name in table:
+            ms, count = table[event.name]
+            spent = event.device_time_total if cuda else event.cpu_time_total  # microseconds
+            table[event.name] = (ms + spent / 1e3 / steps, count + operations(event, cuda) / steps)
+    known_ms, known_count = (sum(column) for column in zip(*table.values(), strict=True))
+    table[REST] = (seconds * 1e3 / steps - known_ms, everything / steps - known_count)
+    return table
+
+
+def operations(event: Any, cuda: bool) -> int:
+    """Kernels that an event starts; on the CPU operations that consist of no others, views among them."""
+    if cuda:
+        return len(event.kernels) + sum(operations(child, cuda) for child in event.cpu_children)
+    if event.cpu_children:
+        return sum(operations(child, cuda) for child in event.cpu_children)
+    return int(event.name.startswith("aten::"))
+
+
+def run(argv: Sequence[str]) -> None:
+    options = read_config(Options, argv, None)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device, dtype = device_of(options.shape, options.device, options.dtype)
+    tables: dict[str, dict[str, tuple[float, float]]] = {}
+    with torch.inference_mode():
+        model = build(options.shape, device, dtype)
+        prompt = prompt_for(model, Setting(options.shape, 1, options.layers, 1), options.prompt)
+        for variant in tqdm(("baseline", "dola"), disable=None):
+            tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens)
+    about = machine(device)
+    print(f"`{' '.join(['python -m benchmarks.profile_step', *argv])}`\n")
+    print(
+        f"{about['gpu'] or about['cpu']}, {dtype}, {about['threads']} threads, torch {about['torch']}, transformers "
+        f"{about['transformers']}, {about['date']}. A step, under the profiler, which slows it.\n"
+    )
+    print("| | baseline ms | operations | dola ms | operations |\n|---|--:|--:|--:|--:|")
+    for name in (*tables["dola"], "total"):
+        cells = []
+        for table in tables.values():
+            ms, count = table[name] if name in table else (sum(column) for column in zip(*table.values(), strict=True))
+            cells += [f"{ms:.2f}", f"{count:.0f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(run)
