@@ -23,6 +23,10 @@ from janus_dola.readout import Readout
 from janus_dola.score import score
 from janus_dola.trace import DoLaTrace, TraceCriteria
 
+# On the CPU so many numbers of [rows, J, V] at a time: memory that was just used costs half as much as fresh memory.
+# Elsewhere all rows at once: what costs is starting kernels.
+CPU_CHUNK = 2**20
+
 # Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_model": ((None,), "assisted decoding checks several words per forward pass"),
@@ -68,27 +72,41 @@ class DoLaLogitsProcessor(LogitsProcessor):
         self.tapped = layers if trace is None else trace.traced_layers  # what the readout gives
         self.candidates = [self.tapped.index(layer) for layer in layers]
         self.layers = torch.tensor([*self.tapped, num_layers])
+        # With nothing to subtract and every word kept, p̂ is q_N: the baseline bit for bit, traced or not.
+        self.same = not layers and alpha == 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
-        qN, log_qN = softmax(scores)
-        log_qM = divergence = None
-        M = torch.full((len(scores),), len(self.tapped), device=scores.device)  # index into layers, [rows]
-        if self.readout is not None:
-            qj, log_qj = softmax(self.readout.take().to(scores.device))  # [rows, J, V]
-            if len(self.candidates) > 1 or self.trace is not None:
-                divergence = jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)  # [rows, J]
-            if self.candidates:
-                M, log_qM = premature(log_qj, divergence, self.candidates)
-        # With nothing to subtract and every word kept, p̂ is q_N: the baseline bit for bit, traced or not.
-        same = log_qM is None and self.alpha == 0
-        log_p = log_qN if same else contrast(log_qN, log_qM, self.alpha)
+        exits = None if self.readout is None else self.readout.take().to(scores.device)  # [rows, J, V]
+        n = len(scores)
+        if exits is not None and exits.device.type == "cpu":
+            n = max(1, CPU_CHUNK // exits[0].numel())
+        parts = [
+            self._read(scores[i : i + n], None if exits is None else exits[i : i + n]) for i in range(0, len(scores), n)
+        ]
+        log_qN, log_p, M, divergence = (
+            part[0] if len(part) == 1 or part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)
+        )
         if self.trace is not None:
             self.layers = self.layers.to(M.device)
             self.trace.record(input_ids, log_qN, log_p, self.layers[M], divergence)
-        if same:
+        if self.same:
             return scores
         return log_p if self.floor == -math.inf else log_p.clamp(min=self.floor)
+
+    def _read(self, scores: Tensor, exits: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """log q_N and log p̂ [rows, V], M as an index into `layers` [rows], and JSD(q_N ‖ q_j) [rows, J] if needed."""
+        qN, log_qN = softmax(scores)
+        log_qM = divergence = None
+        M = torch.full((len(scores),), len(self.tapped), device=scores.device)
+        if exits is not None:
+            qj, log_qj = softmax(exits)  # [rows, J, V]
+            if len(self.candidates) > 1 or self.trace is not None:
+                divergence = jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)
+            if self.candidates:
+                M, log_qM = premature(log_qj, divergence, self.candidates)
+        log_p = log_qN if self.same else contrast(log_qN, log_qM, self.alpha)
+        return log_qN, log_p, M, divergence
 
 
 class DoLaJanusWrapper:

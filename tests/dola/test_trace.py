@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola import wrapper as wrapper_module
 
 EOS = 481
 ALPHA = 0.5
@@ -113,6 +114,37 @@ def test_untraced_words_change_nothing_in_the_scores(wrapper: DoLaJanusWrapper, 
     own = torch.stack(traced.scores).gather(-1, trace.tokens.T.unsqueeze(-1)).squeeze(-1).T  # log p̂ as returned
     for s, length in enumerate(trace.lengths.tolist()):
         assert torch.equal(trace.logprobs[s, :length], own[s, :length])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DoLaConfig(alpha=ALPHA, candidate_layers=LAYERS),
+        DoLaConfig(alpha=ALPHA, candidate_layers=LAYERS[:1]),
+        DoLaConfig(alpha=0, candidate_layers=[]),  # traced all the same
+    ],
+    ids=["dynamic", "static", "nothing to subtract"],
+)
+def test_a_row_at_a_time_is_all_rows_at_once(
+    model: Any,
+    prompt: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    config: DoLaConfig,
+    arguments: dict[str, Any],
+) -> None:
+    wrapper = DoLaJanusWrapper(model, config)
+    arguments = prompt | arguments | {"return_dict_in_generate": True, "output_scores": True}
+    results = []
+    for chunk in (wrapper_module.CPU_CHUNK, 1):
+        monkeypatch.setattr(wrapper_module, "CPU_CHUNK", chunk)
+        trace = DoLaTrace("all")
+        results.append((wrapper.generate_with_dola(**arguments, trace=trace), trace))
+    (once, trace_once), (parts, trace_parts) = results
+    assert torch.equal(once.sequences, parts.sequences)
+    torch.testing.assert_close(torch.stack(once.scores), torch.stack(parts.scores), atol=1e-5, rtol=0)
+    assert torch.equal(trace_once.layers, trace_parts.layers)
+    torch.testing.assert_close(trace_once.jsd, trace_parts.jsd, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
