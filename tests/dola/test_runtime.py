@@ -223,3 +223,18 @@ def test_candidates(num_layers: int, bucket_id: int, want: tuple[int, ...]) -> N
 def test_buckets_refuse(num_layers: int, bucket_id: int, echo: str) -> None:
     with pytest.raises(ValueError, match=f"got {echo}"):
         dola.candidates_in_bucket(num_layers, bucket_id)
+
+
+def test_a_step_compiles_to_one_graph() -> None:
+    """No value of a tensor is looked at, which would also make the GPU wait."""
+
+    def step(scores: torch.Tensor, exits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (qN, log_qN), (qj, log_qj) = dola.softmax(scores), dola.softmax(exits)
+        divergence = dola.jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)
+        M, log_qM = dola.premature(log_qj, divergence, [0, 1, 2])
+        return M, dola.contrast(log_qN, log_qM, 0.1)
+
+    scores, exits = torch.randn(2, 50), torch.randn(2, 3, 50)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for got, want in zip(compiled(scores, exits), step(scores, exits), strict=True):
+        assert torch.equal(got, want)
