@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from janus_dola.cli import DTYPES, main, pick_device, read_config
+from janus_dola.cli import DTYPES, as_list, main, pick_device, read_config
 from janus_dola.readout import Readout
 from janus_dola.wrapper import DoLaLogitsProcessor
 
@@ -101,10 +101,6 @@ class Setting:
     batch: int
     layers: int
     beams: int
-
-
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def at_least(key: str, value: Any, minimum: int) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 IMAGE_TAG = "<image_placeholder>"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Arguments of `generate` that are words, by number.
+WORDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 
 
 @dataclass
@@ -166,6 +168,10 @@ def main(run: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(130)
 
 
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def check_generation(generation: Mapping[str, Any]) -> None:
     """Refuses what `generate` does not take.
 
@@ -189,9 +195,8 @@ def check_generation(generation: Mapping[str, Any]) -> None:
         value = generation.get(key, 1)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"generation.{key} must be a whole number of at least 1, got {value!r}")
-    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        value = generation.get(key)
-        for token in value if isinstance(value, list) else [value]:
+    for key in WORDS:
+        for token in as_list(value := generation.get(key)):
             if token is not None and (not isinstance(token, int) or token < 0):
                 raise ValueError(f"generation.{key} must be the number of a word, or some, got {value!r}")
     try:
@@ -226,7 +231,7 @@ def load_processor(config: ModelConfig) -> Any:
     """The checkpoint's processor, after checking all that can be known without its weights.
 
     Raises:
-        ValueError: There is no Janus checkpoint, or the DoLa keys do not fit its number of layers.
+        ValueError: There is no Janus checkpoint, or it lacks a layer of the DoLa keys or a word of `generation`.
     """
     # Only the command lines know janus: the library wraps the published package, too.
     from janus.models import MultiModalityConfig, VLChatProcessor
@@ -247,8 +252,12 @@ def load_processor(config: ModelConfig) -> Any:
             raise ValueError(
                 f"model_path {path!r} is no Janus checkpoint: its config.json has no model_type multi_modality"
             )
-        num_layers = MultiModalityConfig.from_pretrained(path).language_config.num_hidden_layers
-        config.resolve_layers(num_layers)
+        language_config = MultiModalityConfig.from_pretrained(path).language_config
+        config.resolve_layers(language_config.num_hidden_layers)
+        for key in WORDS:  # transformers would find out in the last step, or when the first row ends
+            for token in as_list(config.generation.get(key)):
+                if token is not None and token >= (words := language_config.vocab_size):
+                    raise ValueError(f"generation.{key} must be below {words}, the model's words, got {token}")
         return VLChatProcessor.from_pretrained(path)
 
 

@@ -64,6 +64,12 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
         (["generation.max_new_tokens=0"], "generation.max_new_tokens must be a whole number of at least 1, got 0"),
         (["generation.num_beams=0"], "generation.num_beams must be a whole number of at least 1, got 0"),
         (["generation.eos_token_id=a"], "generation.eos_token_id must be the number of a word, or some, got 'a'"),
+        (
+            ["generation.forced_eos_token_id=99999"],
+            "generation.forced_eos_token_id must be below 512, the model's words",
+        ),
+        (["generation.pad_token_id=512"], "generation.pad_token_id must be below 512, the model's words, got 512"),
+        (["generation.forced_bos_token_id=a"], "generation.forced_bos_token_id must be the number of a word, or some"),
         (["generation.return_dict_in_generate=true"], "generation.return_dict_in_generate must be left off"),
         (["generation.watermarking_config={a: 1}"], "generation: WatermarkingConfig.__init__() got an unexpected"),
         (["generation.temperature=0", "generation.do_sample=true"], "`temperature` (=0) has to be a strictly positive"),
