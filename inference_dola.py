@@ -28,6 +28,7 @@ from janus_dola.batch import (
 )
 from janus_dola.cli import (
     ModelConfig,
+    as_list,
     build_conversation,
     check_generation,
     load_model,
@@ -60,9 +61,9 @@ class InferenceConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         images = self.images if self.image is None else self.image
-        self.images = [] if images is None else [images] if isinstance(images, str) else images
-        if not isinstance(self.images, list) or not all(isinstance(image, str) for image in self.images):
-            raise ValueError(f"images must be paths or data URLs, got {self.images!r}")
+        self.images = [] if images is None else as_list(images)
+        if not all(isinstance(image, str) for image in self.images):
+            raise ValueError(f"images must be paths or data URLs, got {images!r}")
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
         for key in ("question", "images", "conversation", "stream", "trace"):

@@ -403,14 +403,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def in_words(about: dict[str, Any]) -> str:
+    """What `machine` found."""
+    where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads, Python {about['python']}"
+    return f"{where}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}"
+
+
 def markdown(document: dict[str, Any]) -> str:
-    about = document["machine"]
-    where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads, Python {about['python']}, "
     lines = [
         f"`{document['command']}`",
         "",
-        f"{where}torch {about['torch']}, transformers {about['transformers']}, {about['date']}. Ratios to the baseline "
-        "of the same round: median (quartiles).",
+        f"{in_words(document['machine'])}. Ratios to the baseline of the same round: median (quartiles).",
         "",
         "| shape | dtype | batch | beams | J | variant | ms a token | ratio | prefill s | ratio | peak MiB | ratio |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",

@@ -15,7 +15,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from benchmarks.latency import SHAPES, Setting, at_least, build, device_of, generate, machine, prompt_for, synchronize
+from benchmarks.latency import (
+    SHAPES,
+    Setting,
+    at_least,
+    build,
+    candidates,
+    device_of,
+    generate,
+    in_words,
+    machine,
+    prompt_for,
+    synchronize,
+)
 from janus_dola import wrapper
 from janus_dola.cli import main, read_config
 from janus_dola.readout import Readout
@@ -52,6 +64,8 @@ class Options:
             raise ValueError(f"shape must be one of demo, {', '.join(SHAPES)}, got {self.shape!r}")
         for key, minimum in (("layers", 1), ("prompt", 1), ("tokens", 3), ("threads", 0)):
             at_least(key, getattr(self, key), minimum)
+        if self.shape in SHAPES:  # the demo's number of layers is known once it is loaded
+            candidates(SHAPES[self.shape][0], self.layers)
 
 
 @contextmanager
@@ -93,11 +107,11 @@ def steps_of(model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: i
     with labelled(model) as names:
         try:
             generate(model, variant, J, max_new_tokens=tokens, **prompt)
-            synchronize(model.device)
-            seconds = time.perf_counter() - start
         finally:
             handle.remove()
-            profiler.stop()
+        synchronize(model.device)
+        seconds = time.perf_counter() - start
+        profiler.stop()
     steps = tokens - 2
     table = dict.fromkeys(names, (0.0, 0.0))
     everything = 0
@@ -133,12 +147,8 @@ def run(argv: Sequence[str]) -> None:
         prompt = prompt_for(model, Setting(options.shape, 1, options.layers, 1), options.prompt)
         for variant in tqdm(("baseline", "dola"), disable=None):
             tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens)
-    about = machine(device)
     print(f"`{' '.join(['python -m benchmarks.profile_step', *argv])}`\n")
-    print(
-        f"{about['gpu'] or about['cpu']}, {dtype}, {about['threads']} threads, torch {about['torch']}, transformers "
-        f"{about['transformers']}, {about['date']}. A step, under the profiler, which slows it.\n"
-    )
+    print(f"{in_words(machine(device))}. A step in {dtype}, under the profiler, which slows it.\n")
     print("| | baseline ms | operations | dola ms | operations |\n|---|--:|--:|--:|--:|")
     for name in (*tables["dola"], "total"):
         cells = []

@@ -254,9 +254,10 @@ def load_processor(config: ModelConfig) -> Any:
             )
         language_config = MultiModalityConfig.from_pretrained(path).language_config
         config.resolve_layers(language_config.num_hidden_layers)
+        words = language_config.vocab_size
         for key in WORDS:  # transformers would find out in the last step, or when the first row ends
             for token in as_list(config.generation.get(key)):
-                if token is not None and token >= (words := language_config.vocab_size):
+                if token is not None and token >= words:
                     raise ValueError(f"generation.{key} must be below {words}, the model's words, got {token}")
         return VLChatProcessor.from_pretrained(path)
 

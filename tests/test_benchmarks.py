@@ -97,3 +97,5 @@ def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -
     assert [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()] == before
     with pytest.raises(ValueError, match="tokens must be a whole number of at least 3, got 2"):
         profile_step.run(["tokens=2"])
+    with pytest.raises(ValueError, match="layers must be at most 2 for 6 layers, got 3"):
+        profile_step.run(["shape=tiny", "layers=3"])
