@@ -66,9 +66,8 @@ def jsd(P: Tensor, Q: Tensor, log_P: Tensor | None = None, log_Q: Tensor | None 
     log_Q = (Q + EPS).log_() if log_Q is None else log_Q
     # In place where the tensor is new here, and of the shape of both: fresh memory costs more than the arithmetic.
     log_M = torch.add(P / 2 + EPS, Q, alpha=0.5).log_()
-    terms = (
-        (log_Q - log_M).mul_(Q).addcmul_(log_M.sub_(log_P), P, value=-1)
-    )  # of both KL; a word's sum is never negative
+    # Both KL in one sum, to which no word adds less than 0.
+    terms = (log_Q - log_M).mul_(Q).addcmul_(log_M.sub_(log_P), P, value=-1)
     return (terms.sum(-1) / 2).clamp(0.0, math.log(2.0))
 
 
