@@ -5,15 +5,16 @@ settings. The runs interleave with rotating order (A B C D, B C D A, ...), and r
 round, so that a machine that gets slower or faster slows all of them.
 """
 
+import copy
 import json
+import math
 import multiprocessing
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -23,12 +24,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
 from janus_dola.cli import DTYPES, as_list, main, pick_device, read_config
-from janus_dola.readout import Readout
-from janus_dola.wrapper import DoLaLogitsProcessor
+from janus_dola.config import DoLaConfig, by_row
+from janus_dola.exits import ExitView
+from janus_dola.wrapper import DoLaJanusWrapper, DoLaLogitsProcessor
 
 ROOT = Path(__file__).parents[1]
 ALPHA = 0.1
@@ -47,6 +49,7 @@ class Options:
     Attributes:
         shape: demo (the demo checkpoint, or the golden one where there is none), 1b, 7b, tiny.
         batch, beams: Sequences, and beams of each.
+        compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is of the same kind.
         layers: J, the number of candidate layers.
         variants: Some of `VARIANTS`, baseline first.
         rounds: Each runs all variants once.
@@ -62,6 +65,7 @@ class Options:
     batch: Any = field(default_factory=lambda: [1])
     layers: Any = field(default_factory=lambda: [4])
     beams: Any = field(default_factory=lambda: [1])
+    compiled: Any = field(default_factory=lambda: [False])
     variants: Any = field(default_factory=lambda: list(VARIANTS))
     rounds: int = 5
     prompt: int = 640
@@ -88,6 +92,11 @@ class Options:
                 at_least(key, value, 1)
         for key, minimum in (("rounds", 1), ("prompt", 1), ("tokens", 2), ("threads", 0)):
             at_least(key, getattr(self, key), minimum)
+        self.compiled = as_list(self.compiled)
+        if any(not isinstance(value, bool) for value in self.compiled):
+            raise ValueError(f"compiled must be true or false, or both, got {self.compiled}")
+        if any(self.compiled) and set(self.variants) - set(COMPILABLE):
+            raise ValueError(f"variants must be {' and '.join(COMPILABLE)} where compiled, got {self.variants}")
         for shape, J in product(self.shape, self.layers):
             if shape in SHAPES:  # the demo's number of layers is known once it is loaded
                 candidates(SHAPES[shape][0], J)
@@ -101,54 +110,50 @@ class Setting:
     batch: int
     layers: int
     beams: int
+    compiled: bool = False
 
 
 def at_least(key: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{key} must be a whole number of at least {minimum}, got {value!r}")
+        raise ValueError(f"{key} must be an integer of at least {minimum}, got {value!r}")
 
 
 # How to decode.
 
 
-class OneCallPerExit(Readout):
-    """How other implementations read the exits: `lm_head` once for each."""
+def one_call_per_exit(model: Any, layers: tuple[int, ...]) -> tuple[Any, Callable[[], Tensor]]:
+    """How other implementations read the exits: `lm_head` once for each. The model to run, and what gives its exits."""
+    view = ExitView(model, layers, keep=lambda hidden: hidden[:, -1:].clone())
 
-    def _append(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._active():
-            exits = [self._hidden.pop(i) for i in range(len(self._decoder_layers))]
-            self._logits = torch.cat([self._phi.forward(self._ln_out(h)) for h in exits], dim=1)  # [rows, J, V]
+    def exits() -> Tensor:
+        return torch.cat([model.lm_head(model.model.norm(view.hidden[j])) for j in layers], dim=1)  # [rows, J, V]
+
+    return view.model, exits
 
 
-class FromHiddenStates:
+def hidden_states(model: Any, layers: tuple[int, ...]) -> tuple[Any, Callable[[], Tensor]]:
     """The exits from `output_hidden_states=True`, read in one further call of `lm_head`."""
+    view = ExitView(model, whole=True)  # transformers captures by hooks of its own, and so do we: on a view
+    read: list[Tensor] = []
 
-    def __init__(self, language_model: Any, layers: tuple[int, ...]) -> None:
-        self._language_model, self._layers = language_model, layers
-        self._logits: Tensor | None = None
+    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = torch.cat([output.hidden_states[layer][:, -1:] for layer in layers], dim=1)  # [rows, J, d]
+        read[:] = [model.lm_head(model.model.norm(hidden))]
 
-    def __enter__(self) -> "FromHiddenStates":
-        self._handle = self._language_model.register_forward_hook(self._read)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._handle.remove()
-
-    def _read(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        exits = torch.cat([output.hidden_states[layer][:, -1:] for layer in self._layers], dim=1)  # [rows, J, d]
-        self._logits = self._language_model.lm_head(self._language_model.model.norm(exits))
-
-    def take(self) -> Tensor:
-        assert self._logits is not None
-        return self._logits
+    view.model.register_forward_hook(look)
+    view.model.generation_config = copy.deepcopy(model.generation_config)
+    view.model.generation_config.output_hidden_states = True
+    return view.model, lambda: read[0]
 
 
+# What gives the exits; the wrapper's own way where there is none.
 VARIANTS: dict[str, Any] = {
     "baseline": None,
-    "dola": Readout,
-    "one call per exit": OneCallPerExit,
-    "hidden states": FromHiddenStates,
+    "dola": None,
+    "one call per exit": one_call_per_exit,
+    "hidden states": hidden_states,
 }
+COMPILABLE = [variant for variant, way in VARIANTS.items() if way is None]
 
 
 def candidates(num_layers: int, J: int) -> tuple[int, ...]:
@@ -159,19 +164,16 @@ def candidates(num_layers: int, J: int) -> tuple[int, ...]:
     return tuple(range(first, num_layers, 2))
 
 
-def generate(model: Any, variant: str, J: int, **kwargs: Any) -> Tensor:
-    """What `DoLaJanusWrapper.generate_with_dola` does, with the variant's readout in its place."""
-    readout_class = VARIANTS[variant]
-    if readout_class is None:
-        return model.generate(**kwargs)
-    num_layers = len(model.model.layers)
-    layers = candidates(num_layers, J)
-    with readout_class(model, layers) as readout:
-        processor = DoLaLogitsProcessor(num_layers, layers, ALPHA, readout)
-        if variant == "hidden states":
-            logging.set_verbosity_error()  # it warns that they are not returned: they are read on their way
-            kwargs["output_hidden_states"] = True
-        return model.generate(logits_processor=[processor], **kwargs)
+def generate(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> Tensor:
+    """`DoLaJanusWrapper.generate`, or the same with the exits read in another way."""
+    layers = candidates(wrapper.num_layers, J)
+    wrapper.config = DoLaConfig(use_dola_lm=variant != "baseline", alpha=ALPHA, candidate_layers=list(layers))
+    if VARIANTS[variant] is None:
+        return wrapper.generate(**kwargs)
+    model, exits = VARIANTS[variant](wrapper.model, layers)
+    _, eligible, alpha = by_row([wrapper.config], wrapper.num_layers)
+    logging.set_verbosity_error()  # transformers warns that hidden states are not returned: they are read on their way
+    return model.generate(logits_processor=[DoLaLogitsProcessor(exits, eligible, alpha, -math.inf)], **kwargs)
 
 
 # What to decode with.
@@ -227,7 +229,17 @@ def prompt_for(model: Any, setting: Setting, length: int) -> dict[str, Any]:
         "attention_mask": torch.ones(setting.batch, length, dtype=torch.long, device=weight.device),
         "num_beams": setting.beams,
         "do_sample": False,
+        **({"cache_implementation": "static", "compile_config": compile_config(model)} if setting.compiled else {}),
     }
+
+
+def compile_config(model: Any) -> CompileConfig:
+    """transformers' default, which on the CPU it does not use unless told to."""
+    if model.device.type == "cuda":
+        return CompileConfig()
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True
+    return config
 
 
 def device_of(shape: str, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -243,48 +255,42 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def forward_starts(model: Any) -> Iterator[list[float]]:
-    """The times at which forward passes of the model begin: one hook a step is all that looks on."""
-    starts: list[float] = []
+class Clock(StoppingCriteria):
+    """Stops nothing: notes when each token is chosen, which a compiled forward pass does not see."""
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        synchronize(model.device)
-        starts.append(time.perf_counter())
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
-    handle = model.register_forward_pre_hook(note)
-    try:
-        yield starts
-    finally:
-        handle.remove()
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def time_once(model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and the median of seconds from each further token to the next."""
-    with forward_starts(model) as starts:
-        generate(model, variant, J, max_new_tokens=tokens, **prompt)
-        synchronize(model.device)
-        starts.append(time.perf_counter())
-    if len(starts) != tokens + 1:
-        raise RuntimeError(f"{variant} made {len(starts) - 1} forward passes for {tokens} tokens")
-    steps = [end - start for start, end in pairwise(starts)]
-    return steps[0], statistics.median(steps[1:])
+def time_once(
+    wrapper: DoLaJanusWrapper, variant: str, J: int, prompt: dict[str, Any], tokens: int
+) -> tuple[float, float]:
+    """Seconds to the first token, and the median of seconds from each token to the next."""
+    clock = Clock()
+    synchronize(wrapper.device)
+    start = time.perf_counter()
+    generate(wrapper, variant, J, max_new_tokens=tokens, stopping_criteria=[clock], **prompt)
+    if len(clock.times) != tokens:
+        raise RuntimeError(f"{variant} chose {len(clock.times)} times for {tokens} tokens")
+    return clock.times[0] - start, statistics.median(later - earlier for earlier, later in pairwise(clock.times))
 
 
 def arithmetic(model: Any, setting: Setting) -> float:
     """Seconds that a step's vocabulary-wide arithmetic takes: log-softmax, JSD, selection, contrast. Median of 30."""
-
-    class Fixed:
-        def take(self) -> Tensor:
-            return exits
-
-    rows, words = setting.batch * setting.beams, model.config.vocab_size
-    logits = torch.randn(rows, setting.layers + 1, words, device=model.device).mul_(3).to(model.dtype)
-    scores, exits = logits[:, 0].float(), logits[:, 1:]
-    num_layers = len(model.model.layers)
-    readout: Any = Fixed()
-    processor = DoLaLogitsProcessor(num_layers, candidates(num_layers, setting.layers), ALPHA, readout)
-    tokens = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+    rows, J = setting.batch * setting.beams, setting.layers
+    logits = (
+        torch.randn(rows, J + 1, model.get_input_embeddings().num_embeddings, device=model.device)
+        .mul_(3)
+        .to(model.dtype)
+    )
+    eligible, alpha = torch.ones(rows, J, dtype=torch.bool), torch.full((rows,), ALPHA)
+    processor = DoLaLogitsProcessor(lambda: logits[:, :-1], eligible, alpha, -math.inf)
+    tokens, scores = torch.zeros(rows, 1, dtype=torch.long, device=model.device), logits[:, -1].float()
     seconds = []
     for _ in range(30):
         synchronize(model.device)
@@ -301,7 +307,7 @@ def peak_memory(options: Options, setting: Setting, variant: str) -> int:
         torch.set_num_threads(options.threads)
     device, dtype = device_of(setting.shape, options.device, options.dtype)
     with torch.inference_mode():
-        model = build(setting.shape, device, dtype)
+        model = DoLaJanusWrapper(build(setting.shape, device, dtype))
         prompt = prompt_for(model, setting, options.prompt)
         generate(model, variant, setting.layers, max_new_tokens=options.tokens, **prompt)
     if device.type == "cuda":
@@ -321,7 +327,10 @@ def in_fresh_process(function: Callable[..., int], *args: Any) -> int:
 def measure(options: Options, report: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """All settings; `report` is given the results so far after each of them."""
     results: list[dict[str, Any]] = []
-    grid = [Setting(*values) for values in product(options.shape, options.batch, options.layers, options.beams)]
+    grid = [
+        Setting(*values)
+        for values in product(options.shape, options.batch, options.layers, options.beams, options.compiled)
+    ]
     runs = len(grid) * len(options.variants) * (options.rounds + options.memory)
     with tqdm(total=runs, disable=None, unit="run") as bar, torch.inference_mode():
         for shape in options.shape:
@@ -332,7 +341,7 @@ def measure(options: Options, report: Callable[[list[dict[str, Any]]], None]) ->
                 peaks[setting, variant] = in_fresh_process(peak_memory, options, setting, variant)
                 bar.update()
             device, dtype = device_of(shape, options.device, options.dtype)  # only now: two models at once may not fit
-            model = build(shape, device, dtype)
+            model = DoLaJanusWrapper(build(shape, device, dtype))
             for setting in settings:
                 bar.set_description(f"{shape} batch {setting.batch} J {setting.layers} beams {setting.beams}")
                 times = interleave(model, options, setting, bar)
@@ -351,7 +360,8 @@ def interleave(model: Any, options: Options, setting: Setting, bar: Any) -> dict
     """Times of each variant, one for each round."""
     prompt = prompt_for(model, setting, options.prompt)
     for variant in options.variants:  # so that the first round is not colder than the others
-        generate(model, variant, setting.layers, max_new_tokens=2, **prompt_for(model, setting, 16))
+        length, tokens = (options.prompt, options.tokens) if setting.compiled else (16, 2)  # its graph is of one length
+        generate(model, variant, setting.layers, max_new_tokens=tokens, **prompt_for(model, setting, length))
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in options.variants}
     for i in range(options.rounds):
         first = i % len(options.variants)
@@ -415,14 +425,16 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"{in_words(document['machine'])}. Ratios to the baseline of the same round: median (quartiles).",
         "",
-        "| shape | dtype | batch | beams | J | variant | ms a token | ratio | prefill s | ratio | peak MiB | ratio |",
-        "|---|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| shape | dtype | batch | beams | J | compiled | variant | ms a token | ratio | prefill s | ratio | peak MiB "
+        "| ratio |",
+        "|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for result in document["results"]:
         for variant, entry in result["variants"].items():
             peak, peak_ratio = entry["peak_bytes"], entry.get("peak_ratio")
             cells = [
                 *(result[key] for key in ("shape", "dtype", "batch", "beams", "layers")),
+                "yes" if result["compiled"] else "no",
                 variant,
                 f"{entry['token_s'] * 1e3:.2f}",
                 ratio(entry["token_ratio"]),

@@ -30,15 +30,14 @@ from benchmarks.latency import (
 )
 from janus_dola import wrapper
 from janus_dola.cli import main, read_config
-from janus_dola.readout import Readout
+from janus_dola.exits import ExitView
+from janus_dola.wrapper import DoLaJanusWrapper
 
 # What is timed: functions that a step calls one after the other, none from within another.
 OF_DOLA = {
-    "exits: norm, append": (Readout, "_append"),
-    "softmax of q_N, q_j": (wrapper, "softmax"),
-    "JSD": (wrapper, "jsd"),
-    "choice of M": (wrapper, "premature"),
-    "contrast": (wrapper, "contrast"),
+    "exits: norm, prepend": (ExitView, "prepend_exits"),
+    "read: softmax, JSD": (wrapper, "read"),
+    "choose: M, contrast": (wrapper, "choose"),
 }
 REST = "rest of generate"
 
@@ -80,8 +79,8 @@ def labelled(model: Any) -> Iterator[list[str]]:
 
         return call
 
-    parts: list[tuple[str, Any, str]] = [("lm_head", model.lm_head, "forward")]
-    parts += [("decoder layers", layer, "forward") for layer in model.model.layers]
+    parts: list[tuple[str, Any, str]] = [("lm_head", model.phi, "forward")]
+    parts += [("decoder layers", layer, "forward") for layer in model.get_decoder().layers]
     parts += [(name, owner, attribute) for name, (owner, attribute) in OF_DOLA.items()]
     with ExitStack() as stack:
         for name, owner, attribute in parts:
@@ -143,7 +142,7 @@ def run(argv: Sequence[str]) -> None:
     device, dtype = device_of(options.shape, options.device, options.dtype)
     tables: dict[str, dict[str, tuple[float, float]]] = {}
     with torch.inference_mode():
-        model = build(options.shape, device, dtype)
+        model = DoLaJanusWrapper(build(options.shape, device, dtype))
         prompt = prompt_for(model, Setting(options.shape, 1, options.layers, 1), options.prompt)
         for variant in tqdm(("baseline", "dola"), disable=None):
             tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens)

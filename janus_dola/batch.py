@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from janus_dola.call import UNSUPPORTED
 from janus_dola.cli import build_conversation, check_settings, explain, first_line, refuse_interpolations, unknown_key
 from janus_dola.config import DoLaConfig
-from janus_dola.trace import DoLaTrace, _lengths
-from janus_dola.wrapper import UNSUPPORTED, DoLaJanusWrapper
+from janus_dola.trace import DoLaTrace, answer_lengths
+from janus_dola.wrapper import DoLaJanusWrapper
 
 DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
 KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS)
@@ -345,7 +346,7 @@ def _answer(
         torch.manual_seed(int.from_bytes(digest[:7], "big"))  # for sampling, which is one prompt at a time
         wrapper = DoLaJanusWrapper(model.model, replace(dola, use_dola_lm=use_dola_lm))
         ids = wrapper.generate(**arguments, **({"trace": trace} if trace else {})).cpu()  # [B, T]
-        lengths = _lengths(ids, eos, arguments["pad_token_id"]).tolist()
+        lengths = answer_lengths(ids, eos, arguments["pad_token_id"]).tolist()
         found[use_dola_lm] = [
             {
                 "text": processor.tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip(),

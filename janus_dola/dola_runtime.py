@@ -1,30 +1,89 @@
 """The formulas of DoLa (arXiv 2309.03883), tensors in and tensors out.
 
-Symbols, as in the paper: q_N is the next-word distribution of the final ("mature") layer N, q_j that of the early exit
-at layer j, M the chosen ("premature") layer, V_head the words that the final layer finds plausible (eq. 4), F the
-contrast (eq. 3) and p̂ the result. Layers count from 1. Shapes: rows are sequences or beams, J candidates, V words.
+Symbols, as in the paper: q_N is the next-token distribution of the final ("mature") layer N, q_j that of the early exit
+at layer j, M the chosen ("premature") layer, V_head the tokens that the final layer finds plausible (eq. 4), F the
+contrast (eq. 3) and p̂ the result. Layers count from 1. Shapes: rows are sequences or beams, J exits, V tokens.
 
-Arithmetic is float32, or float64 for float64 input. No argument is changed.
+A decode step, a scored position and a trace are all `read`, then `choose`. Arithmetic is float32, or float64 for
+float64 input. No argument is changed.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 EPS = 1e-12  # inside the logarithms of the JSD
-LOG_EPS = math.log(EPS)
+
+
+class Reading(NamedTuple):
+    """What the final layer and the exits say.
+
+    Attributes:
+        log_qN: Log-probabilities of the final layer, [rows, V].
+        log_qj: Those of the exits, lowest layer first, [rows, J, V].
+        jsd: JSD(q_N ‖ q_j), [rows, J]; NaN for an exit that overflowed.
+    """
+
+    log_qN: Tensor
+    log_qj: Tensor
+    jsd: Tensor
+
+
+def read(logits_N: Tensor, logits_j: Tensor, dynamic: bool = True) -> Reading:
+    """The distributions of all layers, and how far the exits are from the final one.
+
+    Args:
+        logits_N: Logits of the final layer, [rows, V]; −∞ rules a token out.
+        logits_j: Logits of the exits, [rows, J, V]; J may be 0.
+        dynamic: Whether the JSD is needed. Else it is 0: where every row has one candidate, there is nothing to select.
+    """
+    qN, log_qN = softmax(logits_N)
+    qj, log_qj = softmax(logits_j)
+    if dynamic:
+        return Reading(log_qN, log_qj, jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj))
+    lost = ~log_qj.amin(-1).isfinite()  # NaN is less than all
+    return Reading(log_qN, log_qj, torch.zeros_like(lost, dtype=log_qN.dtype).masked_fill_(lost, torch.nan))
+
+
+def choose(reading: Reading, candidates: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's premature layer among its own candidates, and what is left when it is subtracted.
+
+    M = N means that there is nothing to subtract: the row has no candidate, or all of them overflowed. Then F is
+    log q_N, and with α = 0 so is the result. (F = 0, the formula taken literally, would make p̂ uniform.)
+
+    Args:
+        reading: Of these rows.
+        candidates: Which exits each row may choose from, bool [rows, J].
+        alpha: Threshold of V_head, in [0, 1], [rows].
+
+    Returns:
+        log p̂, [rows, V], and M as an index into the exits, int64 [rows]; J stands for N.
+    """
+    log_qN, log_qj, divergence = reading
+    J = divergence.shape[1]
+    M_index = _most_divergent(divergence, candidates)
+    alone = (M_index == J).unsqueeze(1)
+    if J:
+        log_qM = log_qj[torch.arange(len(M_index), device=M_index.device), M_index.clamp(max=J - 1)]
+        log_qM.masked_fill_(alone, 0.0)
+    else:
+        log_qM = torch.zeros_like(log_qN)
+    same = alone & (alpha == 0).unsqueeze(1)
+    return torch.where(same, log_qN, contrast(log_qN, log_qM, alpha)), M_index
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """q and log q of logits [..., V], in float32 (float64 stays).
 
-    `torch.log_softmax` keeps a few running sums over the 102,400 words: on a CPU with short vectors its q adds up to 1
+    `torch.log_softmax` keeps a few running sums over the 102,400 tokens: on a CPU with short vectors its q adds up to 1
     within 1e-5 only, which the JSD inherits. `sum` adds in pairs. Both results share the exp, which is the costly part.
     """
-    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # then in place: see `jsd`
-    log_q -= logits.amax(-1, keepdim=True)
+    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # then in place: fresh memory costs
+    log_q -= logits.amax(-1, keepdim=True)  #                                          more than the arithmetic
     q = log_q.exp()
     Z = q.sum(-1, keepdim=True)
     return q.div_(Z), log_q.sub_(Z.log())
@@ -36,7 +95,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def compute_probs_from_hidden(h: Tensor, ln_out: Callable[[Tensor], Tensor], phi: Callable[[Tensor], Tensor]) -> Tensor:
-    """q_j = softmax(φ(LN_out(h_j))): the next-word distribution of an early exit.
+    """q_j = softmax(φ(LN_out(h_j))): the next-token distribution of an early exit.
 
     Args:
         h: Output of layer j, [..., d], not normed yet.
@@ -62,13 +121,12 @@ def jsd(P: Tensor, Q: Tensor, log_P: Tensor | None = None, log_Q: Tensor | None 
     Returns:
         [...].
     """
-    log_P = (P + EPS).log_() if log_P is None else log_P.clamp(min=LOG_EPS)
+    log_P = (P + EPS).log_() if log_P is None else log_P.clamp(min=math.log(EPS))
     log_Q = (Q + EPS).log_() if log_Q is None else log_Q
-    # In place where the tensor is new here, and of the shape of both: fresh memory costs more than the arithmetic.
-    log_M = torch.add(P / 2 + EPS, Q, alpha=0.5).log_()
-    # Both KL in one sum, to which no word adds less than 0.
-    terms = (log_Q - log_M).mul_(Q).addcmul_(log_M.sub_(log_P), P, value=-1)
-    return (terms.sum(-1) / 2).clamp(0.0, math.log(2.0))
+    log_M = (P + Q).div_(2).add_(EPS).log_()
+    KL_PM = (log_P - log_M).mul_(P).sum(-1)
+    KL_QM = (log_Q - log_M).mul_(Q).sum(-1)
+    return ((KL_PM + KL_QM) / 2).clamp(0.0, math.log(2.0))
 
 
 def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
@@ -81,64 +139,41 @@ def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
     Returns:
         Index into J, int64 [rows].
     """
-    return jsd(qN.unsqueeze(-2), qj).argmax(-1)
+    divergence = jsd(qN.unsqueeze(-2), qj)
+    return _most_divergent(divergence, torch.ones_like(divergence, dtype=torch.bool))
 
 
-def premature(log_qj: Tensor, divergence: Tensor | None, candidates: list[int]) -> tuple[Tensor, Tensor]:
-    """M of each row, and its log q_M.
-
-    The JSD of an exit that overflowed (in float16) is NaN, which argmax would pick. It counts as the least divergent;
-    where it is chosen all the same, there is nothing to subtract: the row's M is J, for N, and its log q_M 0.
-
-    Args:
-        log_qj: The exits' log-probabilities, [rows, J, V].
-        divergence: JSD(q_N ‖ q_j), [rows, J]; not needed for one candidate.
-        candidates: Indices into J to choose from, lowest layer first; at least one.
-
-    Returns:
-        Index into J, int64 [rows], and [rows, V].
-    """
-    rows = torch.arange(len(log_qj), device=log_qj.device)
-    if len(candidates) == 1 or divergence is None:
-        M = torch.full_like(rows, candidates[0])
-    elif len(candidates) == divergence.shape[1]:
-        M = divergence.nan_to_num(nan=-1.0).argmax(-1)
-    else:
-        index = torch.tensor(candidates, device=log_qj.device)
-        M = index[divergence[:, index].nan_to_num(nan=-1.0).argmax(-1)]
-    log_qM = log_qj[rows, M]
-    lost = ~log_qM.amin(-1, keepdim=True).isfinite()  # NaN is less than all
-    return M.masked_fill(lost[:, 0], log_qj.shape[1]), log_qM.masked_fill_(lost, 0.0)
+def _most_divergent(divergence: Tensor, candidates: Tensor) -> Tensor:
+    """The argmax of each row's candidates, both [rows, J]; J, for N, where a row has none whose JSD is a number."""
+    eligible = candidates & ~divergence.isnan()
+    return pad(torch.where(eligible, divergence, -2.0), (0, 1), value=-1.0).argmax(-1)
 
 
-def head_mask(log_qN: Tensor, alpha: float) -> Tensor:
+def head_mask(log_qN: Tensor, alpha: Tensor) -> Tensor:
     """V_head = { x : q_N(x) ≥ α max q_N } (eq. 4, adaptive plausibility constraint), compared in log space.
 
     Args:
         log_qN: [rows, V], up to a constant per row.
-        alpha: In [0, 1]; 0 keeps every word, 1 the most likely alone.
+        alpha: In [0, 1], [rows]; 0 keeps every token, 1 the most likely alone.
 
     Returns:
         bool [rows, V].
     """
-    log_alpha = math.log(alpha) if alpha > 0 else -math.inf
-    return log_qN >= log_qN.amax(-1, keepdim=True) + log_alpha
+    return log_qN >= log_qN.amax(-1, keepdim=True) + alpha.to(log_qN).log().unsqueeze(-1)
 
 
-def contrast(log_qN: Tensor, log_qM: Tensor | None, alpha: float) -> Tensor:
+def contrast(log_qN: Tensor, log_qM: Tensor, alpha: Tensor) -> Tensor:
     """log p̂ = log_softmax(F) on V_head, −∞ elsewhere, with F = log q_N − log q_M (eq. 3).
 
     Args:
         log_qN: Log-probabilities of the final layer, [rows, V].
-        log_qM: Log-probabilities of the chosen exit, [rows, V]. None means M = N, nothing to subtract: F = log q_N.
-            (F = 0, the formula taken literally, would make p̂ uniform, which is not what the fallback is for.)
-        alpha: Threshold of V_head, in [0, 1].
+        log_qM: Log-probabilities of the chosen exit, [rows, V]; 0 where there is nothing to subtract.
+        alpha: Threshold of V_head, in [0, 1], [rows].
 
     Returns:
         [rows, V].
     """
-    F = log_qN if log_qM is None else log_qN - log_qM
-    return log_softmax(torch.where(head_mask(log_qN, alpha), F, -math.inf))
+    return log_softmax(torch.where(head_mask(log_qN, alpha), log_qN - log_qM, -math.inf))
 
 
 def contrast_with_apc(qN: Tensor, qM: Tensor, alpha: float) -> Tensor:
@@ -152,7 +187,8 @@ def contrast_with_apc(qN: Tensor, qM: Tensor, alpha: float) -> Tensor:
         p̂ [rows, V]: sums to 1 over V_head, 0 elsewhere.
     """
     # A q_M that underflowed to 0 stands for a tiny number: log 0 would make F infinite.
-    return contrast(qN.log(), qM.clamp(min=torch.finfo(qM.dtype).tiny).log(), alpha).exp()
+    log_qM = qM.clamp(min=torch.finfo(qM.dtype).tiny).log()
+    return contrast(qN.log(), log_qM, qN.new_full(qN.shape[:-1], alpha)).exp()
 
 
 def buckets(num_layers: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

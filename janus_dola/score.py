@@ -1,144 +1,133 @@
 """Log-probabilities of given continuations, from one teacher-forced forward pass."""
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import contrast, jsd, log_softmax, premature, softmax
-from janus_dola.readout import _local
+from janus_dola.config import DoLaConfig, by_row
+from janus_dola.dola_runtime import choose, read
+from janus_dola.exits import ExitView, generating_model, path_to
+
+if TYPE_CHECKING:
+    from janus_dola.wrapper import DoLaJanusWrapper
 
 CHUNK_ELEMENTS = 2**22  # of float32 logits in a chunk: 16 MiB in each of the about ten tensors that a chunk needs
 
 
 @torch.no_grad()
 def score(
-    language_model: Any,
-    configs: Sequence[DoLaConfig],
-    inputs_embeds: Tensor | None,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
+    self: "DoLaJanusWrapper",
+    inputs_embeds: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
     continuation_ids: Tensor,
-    continuation_mask: Tensor | None,
-    apc_floor: float,
-    chunk_size: int | None,
+    continuation_mask: Tensor | None = None,
+    configs: Sequence[DoLaConfig] | None = None,
+    apc_floor: float = -1000.0,
+    chunk_size: int | None = None,
 ) -> Tensor:
-    """See `DoLaJanusWrapper.score`; this one returns [configs, rows, T]."""
-    embed = language_model.get_input_embeddings()
+    """Log-probabilities of given continuations: log p̂, or log q_N where `use_dola_lm` is false.
+
+    One teacher-forced forward pass serves all configurations. Each position of each row is read as a decode step
+    reads it (without penalties), in chunks, so that memory does not grow with the length of the continuations.
+
+    Args:
+        inputs_embeds: Prompts, [rows, P, d], padded on the left. Or else `input_ids`, [rows, P]. A single prompt is
+            shared by all continuations, and run once.
+        attention_mask: 0 on the prompts' padding, [rows, P]; all 1 by default.
+        continuation_ids: [rows, T], padded on the right with anything.
+        continuation_mask: 0 on the continuations' padding, [rows, T]; all 1 by default.
+        configs: Score under each of these in place of `config`.
+        apc_floor: The score of a token outside V_head, −1000 as in the paper's multiple-choice protocol.
+        chunk_size: Positions read out at a time; by default as many as keep below 300 MB at Janus' vocabulary.
+
+    Returns:
+        float32 [rows, T], 0 where the continuation is padding; [configs, rows, T] if `configs` is given.
+
+    Raises:
+        ValueError: A shape, a mask, an id or a config does not fit.
+    """
+    model = generating_model(self.model)
+    embed = model.get_input_embeddings()
     prompt, mask, ids, known = _check(
         embed, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
     )
-    N = len(language_model.model.layers)
-    candidates = [
-        tuple(j for j in config.resolve_layers(N) if j < N) if config.use_dola_lm else () for config in configs
-    ]
-    tapped = tuple(sorted({j for layers in candidates for j in layers}))  # J of them
+    layers, candidates, alpha = by_row([self.config] if configs is None else configs, self.num_layers)
+    candidates, alpha = candidates.to(ids.device), alpha.to(ids.device, torch.float32)
+    dynamic = bool((candidates.sum(-1) > 1).any())
+    phi = _readout(model)
 
-    result = torch.zeros(len(configs), *ids.shape, device=ids.device)  # [configs, rows, T]
+    result = torch.zeros(len(alpha), *ids.shape, device=ids.device)  # [configs, rows, T]
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // (embed.num_embeddings * (1 + len(tapped))))
+        chunk_size = max(1, CHUNK_ELEMENTS // (embed.num_embeddings * (1 + len(layers))))
     rows, positions = known.nonzero(as_tuple=True)  # [n]
-    with _apart_from_readouts():
-        hidden, exits = _forward(language_model, tapped, prompt, mask, ids, known)  # [n, d], J of [n, d]
-        for start in range(0, len(rows), chunk_size):
-            part = slice(start, start + chunk_size)
-            words = ids[rows[part], positions[part]]  # [c]
-            scores = _read(language_model, configs, candidates, tapped, hidden[part], [h[part] for h in exits], words)
-            scores = scores.masked_fill(scores == -torch.inf, apc_floor)
-            result[:, rows[part], positions[part]] = scores.to(result)
-    return result
+    hidden = _forward(model, layers, prompt, mask, ids, known)  # [n, J + 1, d]
+    for start in range(0, len(rows), chunk_size):
+        part = slice(start, start + chunk_size)
+        tokens = ids[rows[part], positions[part]].unsqueeze(1)  # [c, 1]
+        logits = phi(hidden[part]).to(ids.device)  # [c, J + 1, V]
+        reading = read(logits[:, -1], logits[:, :-1], dynamic)
+        for i in range(len(alpha)):
+            each = candidates[i].expand(len(tokens), -1), alpha[i].expand(len(tokens))
+            log_p = choose(reading, *each)[0].gather(1, tokens).squeeze(1)  # [c]
+            result[i, rows[part], positions[part]] = log_p.masked_fill(log_p == -torch.inf, apc_floor).to(result)
+    return result[0] if configs is None else result
 
 
-@contextmanager
-def _apart_from_readouts() -> Iterator[None]:
-    """A generation may be under way in this thread, which scores from a streamer, say: its hooks are not for us."""
-    stack = _local.__dict__.setdefault("stack", [])
-    ours = object()
-    stack.append(ours)
-    try:
-        yield
-    finally:
-        stack.remove(ours)
+def _readout(model: Any) -> Callable[[Tensor], Tensor]:
+    """φ, with whatever the model does to its logits after the head: normed hidden states [n, T, d] to logits [n, T, V].
+
+    It is the model itself, on a view whose decoder hands on what it is given.
+    """
+
+    def hand_on(*args: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+    view = ExitView(model)
+    view.own(path_to(model.get_decoder(), model)).forward = hand_on
+    return lambda hidden: view.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
 
 
-def _read(
-    language_model: Any,
-    configs: Sequence[DoLaConfig],
-    candidates: list[tuple[int, ...]],
-    tapped: tuple[int, ...],
-    hidden: Tensor,
-    exits: list[Tensor],
-    words: Tensor,
-) -> Tensor:
-    """log p̂ (or log q_N) of the words [c] after positions of the last layer, [c, d], and of the exits: [configs, c]."""
-    if exits:
-        exits_normed = language_model.model.norm(torch.stack(exits, dim=1)).to(hidden)  # [c, J, d]
-        hidden = torch.cat([hidden.unsqueeze(1), exits_normed], dim=1)
-        logits = language_model.lm_head(hidden)  # [c, 1 + J, V]
-        (qN, log_qN), (qj, log_qj) = softmax(logits[:, 0]), softmax(logits[:, 1:])
-        del logits
-        divergence = None
-        if any(len(layers) > 1 for layers in candidates):
-            divergence = jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)  # [c, J]
-    else:
-        log_qN = log_softmax(language_model.lm_head(hidden))  # [c, V]
-    words = words.to(log_qN.device).unsqueeze(1)  # [c, 1]
-    scores = []
-    for config, layers in zip(configs, candidates, strict=True):
-        log_p = log_qN
-        if layers:
-            _, log_qM = premature(log_qj, divergence, [tapped.index(j) for j in layers])
-            log_p = contrast(log_qN, log_qM, config.alpha)
-        elif config.use_dola_lm and config.alpha > 0:
-            log_p = contrast(log_qN, None, config.alpha)
-        scores.append(log_p.gather(1, words).squeeze(1))
-    return torch.stack(scores)
-
-
-def _forward(
-    language_model: Any, tapped: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, known: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The hidden states that predict the n known continuation tokens: h_N, normed, [n, d], and h_j of each exit."""
+def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, known: Tensor) -> Tensor:
+    """The hidden states that predict the n known continuation tokens, normed: of each exit, then h_N, [n, J + 1, d]."""
     rows, T = ids.shape
-    new = language_model.get_input_embeddings()(ids[:, :-1].where(known[:, :-1], 0))  # the last one predicts nothing
+    new = model.get_input_embeddings()(ids[:, :-1].where(known[:, :-1], 0))  # the last one predicts nothing
     mask = torch.cat([mask.expand(rows, -1), known[:, :-1].to(mask)], dim=1)  # [rows, P + T - 1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them
+
+    def keep(hidden: Tensor) -> Tensor:
+        return hidden[:, -T:][known.to(hidden.device)]  # a copy [n, d]: the prompt's are not kept
+
+    view = ExitView(model, layers, keep)
+    decoder = view.own(path_to(model.get_decoder(), model))
     cache = None
     if len(prompt) < rows and prompt.shape[1] > 1:  # shared by all rows: it runs once, but for its last position
         P = prompt.shape[1] - 1
-        cache = language_model.model(
-            inputs_embeds=prompt[:, :P], attention_mask=mask[:1, :P], position_ids=positions[:1, :P], use_cache=True
+        cache = model.get_decoder()(
+            inputs_embeds=prompt[:, :P],
+            attention_mask=mask[:1, :P],
+            position_ids=positions[:1, :P],
+            use_cache=True,
+            return_dict=True,
         ).past_key_values
         cache.batch_repeat_interleave(rows)
         prompt, positions = prompt[:, P:], positions[:, P:]
     embeds = torch.cat([prompt.expand(rows, -1, -1), new.to(prompt)], dim=1)  # [rows, P + T - 1, d]
-    kept: dict[int, Tensor] = {}
-    thread = threading.get_ident()
-
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if threading.get_ident() == thread:
-                hidden = output[0] if isinstance(output, tuple) else output  # transformers 4 returns tuples
-                kept[layer] = hidden[:, -T:][known.to(hidden.device)]  # a copy: the prompt's are not kept
-
-        return hook
-
-    with ExitStack() as handles:
-        for j in tapped:
-            handles.callback(language_model.model.layers[j - 1].register_forward_hook(keep(j)).remove)
-        last = language_model.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state[:, -T:]
-        hidden = last[known.to(last.device)]  # [n, d]
-    return hidden, [kept[j].to(hidden.device) for j in tapped]
+    last = decoder(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        return_dict=True,
+    ).last_hidden_state
+    last = keep(last).unsqueeze(1)  # [n, 1, d]
+    exits = [view.hidden[j].to(last.device) for j in layers]
+    return torch.cat([decoder.norm(torch.stack(exits, 1)).to(last), last], 1) if exits else last
 
 
 def _check(
@@ -209,7 +198,7 @@ def _check_mask(name: str, allowed: str, mask: Tensor, empty: bool = False) -> N
 
 def _check_ids(name: str, ids: Tensor, V: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be whole numbers, got {ids.dtype}")
+        raise ValueError(f"{name} must be integers, got {ids.dtype}")
     outside = ids[(ids < 0) | (ids >= V)]
     if len(outside):
-        raise ValueError(f"{name} must be in 0...{V - 1}, the model's words, got {outside[0].item()}")
+        raise ValueError(f"{name} must be in 0...{V - 1}, the model's tokens, got {outside[0].item()}")

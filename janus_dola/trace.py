@@ -25,9 +25,9 @@ class DoLaTrace:
 
     Attributes:
         traced_layers: The J layers whose divergence is kept, lowest first.
-        candidate_layers: The layers that M was chosen from.
+        candidate_layers: The layers that M was chosen from, in any row.
         num_layers: N.
-        alpha: Threshold of V_head.
+        alpha: Threshold of V_head; a list, one for each prompt, where they differ.
         tokens: What was generated, int64 [S, T], without the prompt.
         mature_tokens: What q_N alone, after penalties, finds most likely there, int64 [S, T].
         layers: M, int64 [S, T]; N where there was nothing to subtract.
@@ -50,7 +50,7 @@ class DoLaTrace:
 
     def _clear(self) -> None:
         self.num_layers = 0
-        self.alpha = 0.0
+        self.alpha: float | list[float] = 0.0
         self.candidate_layers: tuple[int, ...] = ()
         self.traced_layers: tuple[int, ...] = ()
         self.tokens = self.mature_tokens = self.layers = self.head_sizes = torch.zeros(0, 0, dtype=torch.long)
@@ -67,24 +67,28 @@ class DoLaTrace:
     # The wrapper's side: start, then record and chosen in each step, then finish. Nothing here waits for the device
     # before finish.
 
-    def start(self, num_layers: int, candidate_layers: tuple[int, ...], alpha: float, num_beams: int, eos: Any) -> None:
-        """Forgets what was recorded; `candidate_layers` are those below N."""
+    def start(
+        self, num_layers: int, layers: tuple[int, ...], candidates: Tensor, alpha: Tensor, num_beams: int, eos: Any
+    ) -> None:
+        """Forgets what was recorded; layers, candidates and alpha are as `config.by_row` gives them."""
         self._clear()
-        self.num_layers, self.candidate_layers, self.alpha = num_layers, candidate_layers, float(alpha)
-        self.traced_layers = tuple(range(1, num_layers)) if self.traces_all else candidate_layers
-        self._recorder = _Recorder(num_beams, eos)
+        self.num_layers, self.traced_layers = num_layers, layers
+        self.candidate_layers = tuple(j for j, any_row in zip(layers, candidates.any(0), strict=True) if any_row)
+        alphas = alpha.tolist()
+        self.alpha = alphas if len(set(alphas)) > 1 else alphas[0]
+        self._recorder = _Recorder(num_beams, eos, torch.tensor([*layers, num_layers]))
 
-    def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M: Tensor, jsd: Tensor | None) -> None:
+    def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> None:
         """One step, for all rows (sequences or beams), before its tokens are chosen.
 
         Args:
             input_ids: The rows so far, [rows, t].
             log_qN, log_p: [rows, V], log p̂ with −∞ outside V_head.
-            M: Layers, [rows].
-            jsd: [rows, J], or None where no layer is traced.
+            M_index: Index into the traced layers, J for N, [rows].
+            jsd: [rows, J].
         """
         if self._recorder is not None:
-            self._recorder.record(input_ids, log_qN, log_p, M, jsd)
+            self._recorder.record(input_ids, log_qN, log_p, M_index, jsd)
 
     def chosen(self, input_ids: Tensor) -> None:
         """The same step's tokens: the rows, or with beams any number of continuations of each, [C, t + 1]."""
@@ -98,7 +102,7 @@ class DoLaTrace:
             return
         found = recorder.follow(sequences.cpu())
         self.tokens = tokens = sequences[:, recorder.prompt_length :].to("cpu", torch.long, copy=True)  # [S, T]
-        self.lengths = lengths = _lengths(tokens, recorder.eos, pad)
+        self.lengths = lengths = answer_lengths(tokens, recorder.eos, pad)
         past = torch.arange(tokens.shape[1]) >= lengths.unsqueeze(1)  # [S, T]
         self.mature_tokens = torch.where(past, tokens, found["mature_tokens"])
         self.layers = found["layers"].masked_fill(past, 0)
@@ -209,23 +213,26 @@ class _Recorder:
     Args:
         num_beams: Rows per item of the batch among which rows move; 1 if they stay.
         eos: The end-of-sequence token or tokens, or None.
+        layers: Those that an index of M stands for, [J + 1].
     """
 
-    def __init__(self, num_beams: int, eos: Any) -> None:
+    def __init__(self, num_beams: int, eos: Any, layers: Tensor) -> None:
         self.num_beams = num_beams
+        self.layers = layers
         self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         self.prompt_length = 0
         self.steps: list[dict[str, Tensor]] = []
         self._distributions: tuple[Tensor, Tensor] | None = None  # log q_N, log p̂ of the current step
 
-    def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M: Tensor, jsd: Tensor | None) -> None:
+    def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> None:
         if not self.steps:
             self.prompt_length = input_ids.shape[1]
+            self.layers = self.layers.to(M_index.device)
         step = {
             "mature_tokens": log_qN.argmax(-1),
-            "layers": M,
+            "layers": self.layers[M_index],
             "head_sizes": (log_p > -torch.inf).sum(-1),
-            "jsd": log_qN.new_zeros(len(log_qN), 0) if jsd is None else jsd.float(),
+            "jsd": jsd.float(),
         }
         if self.num_beams > 1:
             step["prefixes"] = input_ids[:, self.prompt_length :].int()
@@ -287,7 +294,7 @@ class _Recorder:
         return row, log_q, log_p
 
 
-def _lengths(tokens: Tensor, eos: list[int], pad: int | None) -> Tensor:
+def answer_lengths(tokens: Tensor, eos: list[int], pad: int | None) -> Tensor:
     """Tokens of each sequence [S, T] up to and with the first EOS; without one, up to trailing padding: [S]."""
     T = tokens.shape[1]
     ended = torch.isin(tokens, torch.tensor(eos, dtype=torch.long))

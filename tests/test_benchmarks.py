@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import latency, profile_step
+from janus_dola import DoLaJanusWrapper
 from janus_dola.cli import read_config
-from janus_dola.readout import Readout
 
 TINY = ["shape=tiny", "batch=2", "layers=2", "prompt=9", "tokens=3", "device=cpu"]
 
@@ -29,7 +29,7 @@ def test_latency_writes_json_and_markdown(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == text
     rows = [line for line in text.splitlines() if line.startswith("| tiny")]
     assert len(rows) == 2 * len(latency.VARIANTS)
-    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {13}
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {14}
 
 
 def test_peak_memory_is_of_the_run() -> None:
@@ -43,21 +43,12 @@ def test_peak_memory_is_of_the_run() -> None:
 def test_variants_decode_what_dola_decodes(variant: str, beams: int) -> None:
     """Otherwise their times would not be comparable."""
     with torch.inference_mode():
-        model = latency.build("tiny", torch.device("cpu"), torch.float32)
+        model = DoLaJanusWrapper(latency.build("tiny", torch.device("cpu"), torch.float32))
         prompt = latency.prompt_for(model, latency.Setting("tiny", 2, 2, beams), 9) | {"max_new_tokens": 6}
-        want = latency.generate(model, "dola", 2, **prompt)
-        assert torch.equal(latency.generate(model, variant, 2, **prompt), want)
-        layers = latency.candidates(6, 2)
-        exits = []
-        for readout_class in (Readout, latency.VARIANTS[variant]):
-            with readout_class(model, layers) as readout:
-                model(
-                    inputs_embeds=prompt["inputs_embeds"],
-                    output_hidden_states=variant == "hidden states",
-                    logits_to_keep=1,
-                )
-                exits.append(readout.take())
-        assert torch.allclose(*exits, atol=1e-5)
+        prompt |= {"return_dict_in_generate": True, "output_scores": True}
+        want, got = (latency.generate(model, name, 2, **prompt) for name in ("dola", variant))
+        assert torch.equal(got.sequences, want.sequences)
+        assert torch.allclose(torch.stack(got.scores), torch.stack(want.scores), atol=1e-5)
 
 
 def test_quartiles_are_of_paired_ratios() -> None:
@@ -73,8 +64,8 @@ def test_quartiles_are_of_paired_ratios() -> None:
     [
         ("shape=2b", "shape must be some of demo, 1b, 7b, tiny, got '2b'"),
         ("variants=[dola]", "variants must begin with baseline"),
-        ("rounds=0", "rounds must be a whole number of at least 1, got 0"),
-        ("batch=[1,x]", "batch must be a whole number of at least 1, got 'x'"),
+        ("rounds=0", "rounds must be an integer of at least 1, got 0"),
+        ("batch=[1,x]", "batch must be an integer of at least 1, got 'x'"),
         ("round=1", "unknown key 'round', did you mean 'rounds'"),
         ("layers=3", "layers must be at most 2 for 6 layers, got 3"),
         ("out=/nowhere/at/all", "out must be in a folder that exists"),
@@ -95,7 +86,7 @@ def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -
     assert baseline["decoder layers"] == dola["decoder layers"] > 50
     assert all(baseline[name] == 0 < dola[name] for name in profile_step.OF_DOLA)
     assert [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()] == before
-    with pytest.raises(ValueError, match="tokens must be a whole number of at least 3, got 2"):
+    with pytest.raises(ValueError, match="tokens must be an integer of at least 3, got 2"):
         profile_step.run(["tokens=2"])
     with pytest.raises(ValueError, match="layers must be at most 2 for 6 layers, got 3"):
         profile_step.run(["shape=tiny", "layers=3"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -30,8 +31,8 @@ from benchmarks import long_run
 from janus.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
 from janus.utils.io import load_image, load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
-from janus_dola.dola_runtime import contrast, log_softmax, premature
-from janus_dola.readout import Readout
+from janus_dola.dola_runtime import choose, log_softmax, read
+from janus_dola.exits import ExitView
 from janus_dola.wrapper import DoLaLogitsProcessor
 
 WIDE = GOLDEN / "expected" / "images" / "wide.png"
@@ -533,17 +534,11 @@ def test_a_wrapped_wrapper_obeys_its_own_config(model: Any, prompt: dict[str, An
 # Logits that are not numbers.
 
 
-class Exits:
-    """Stands where a readout does, with logits of our own."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.take = lambda: logits  # [rows, J, V]
-
-
 def step(final: Tensor, exits: Tensor) -> Tensor:
-    """log p̂ [rows, V] of the logits of the final layer and of exits at the layers 22, 24, 26."""
-    readout: Any = Exits(exits)
-    return DoLaLogitsProcessor(30, (22, 24, 26)[: exits.shape[1]], 0.05, readout)(torch.zeros(len(final), 1), final)
+    """log p̂ [rows, V] of the logits of the final layer and of the exits."""
+    candidates = torch.ones(1, exits.shape[1], dtype=torch.bool)
+    processor = DoLaLogitsProcessor(lambda: exits, candidates, torch.tensor([0.05]), -torch.inf)
+    return processor(torch.zeros(len(final), 1), final)
 
 
 @pytest.fixture
@@ -554,7 +549,7 @@ def logits() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_an_exit_that_overflowed_is_not_chosen(logits: tuple[Tensor, Tensor], bad: float) -> None:
-    """float16 overflows; argmax takes NaN for the largest divergence, and made NaN of the row, which is word 0."""
+    """float16 overflows; argmax takes NaN for the largest divergence, and made NaN of the row, which is token 0."""
     final, exits = logits
     want = step(final, exits)
     chosen = [next(j for j in range(3) if torch.equal(step(final, exits[:, [j]])[row], want[row])) for row in range(3)]
@@ -577,11 +572,15 @@ def test_without_any_exit_that_is_finite_there_is_nothing_to_subtract(
     want = step(final, exits)
     exits[1, :, 7] = bad
     got = step(final, exits)
-    torch.testing.assert_close(got[1:2], contrast(log_softmax(final[1:2]), None, 0.05), atol=1e-6, rtol=0)
+    log_q = log_softmax(final[1:2])
+    on_V_head = log_softmax(log_q.masked_fill(log_q < log_q.max() + math.log(0.05), -torch.inf))
+    torch.testing.assert_close(got[1:2], on_V_head, atol=1e-6, rtol=0)
     torch.testing.assert_close(got[[0, 2]], want[[0, 2]], atol=0, rtol=0)
-    log_qj = log_softmax(exits)
-    M, log_qM = premature(log_qj, torch.where(log_qj.isnan().any(-1), torch.nan, 0.5), list(range(J)))
-    assert M.tolist() == [0, J, 0] and not log_qM.isnan().any()  # J stands for the final layer
+    for dynamic in (True, False)[: 3 - J + 1]:
+        reading = read(final, exits, dynamic)
+        log_p, M_index = choose(reading, torch.ones(3, J, dtype=torch.bool), torch.zeros(3))
+        assert M_index[1] == J and (M_index[[0, 2]] < J).all()  # J stands for the final layer
+        assert torch.equal(log_p[1], reading.log_qN[1]) and not log_p.isnan().any()
 
 
 def test_a_row_whose_final_logits_are_nan_is_its_own_affair(model: Any, prompt: dict[str, Any]) -> None:
@@ -639,7 +638,7 @@ def hooks(model: Any) -> dict[str, tuple[list[int], list[int]]]:
 
 
 POINTS = ["layer 22", "layer 24", "layer 26", "layer 28", "layer 30", "norm", "lm_head", "processor", "criteria"]
-POINTS += ["streamer", "Readout._append", "Readout._split", "Readout.take", "trace", "jsd"]
+POINTS += ["streamer", "ExitView.prepend_exits", "ExitView.take", "trace", "read", "choose"]
 
 
 @pytest.fixture(scope="module")
@@ -679,10 +678,10 @@ def test_after_a_fault_the_next_call_is_right(
             handle = decoder.layers[int(point.split()[1]) - 1].register_forward_hook(fault)
         elif point in ("norm", "lm_head"):
             handle = {"norm": decoder.norm, "lm_head": model.language_model.lm_head}[point].register_forward_hook(fault)
-        elif point.startswith("Readout"):
-            failing(Readout, point.split(".")[1])
-        elif point == "jsd":
-            failing(library, "jsd")
+        elif point.startswith("ExitView"):
+            failing(ExitView, point.split(".")[1])
+        elif point in ("read", "choose"):
+            failing(library, point)
         elif point == "trace":
             failing(trace, "record")
         try:
@@ -717,7 +716,7 @@ def test_eight_threads_with_streaming_and_faults_among_them(model: Any, prompt: 
 
     jobs: list[Callable[[], Any]] = [
         lambda: shared.generate_with_dola(**prompt),
-        lambda: shared.language_model.generate(**prompt),
+        lambda: model.language_model.generate(**prompt),
         lambda: low.generate(**prompt),
         lambda: shared.generate(**prompt, num_beams=2),
         lambda: stream(shared),
@@ -764,5 +763,5 @@ def test_long_run_reports_the_slope(capsys: Any) -> None:
     assert "generations  10 after 5: off, on, trace, beams, stream by turns" in out
     assert " bytes per generation" in out
     assert long_run.slope([10, 14, 18, 22]) == pytest.approx(4)
-    with pytest.raises(ValueError, match="generations must be a whole number of at least 2, got 1"):
+    with pytest.raises(ValueError, match="generations must be an integer of at least 2, got 1"):
         long_run.run(["generations=1"])

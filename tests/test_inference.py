@@ -131,7 +131,7 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
         (["alpha=1.5"], "alpha must be in [0, 1], got 1.5"),
         (["alpha=high"], "alpha: Value 'high'"),
         (["bucket_id=3"], "bucket_id must be 0, 1 or 2, got 3"),
-        (["candidate_layers=[0]"], "candidate_layers must be whole numbers from 1"),
+        (["candidate_layers=[0]"], "candidate_layers must be integers from 1"),
         (["candidate_layers=[31]"], "must be in 1...30, the model's layers, got 31"),
         (["question="], "question must not be empty"),
         (["question=  "], "question must not be empty"),

@@ -101,7 +101,7 @@ def test_scores_are_those_of_the_language_model(folder: Path, data: Path) -> Non
     for answer in question["true"] + question["false"]:
         ids = tokenizer(f"{prompt} {answer}", return_tensors="pt").input_ids
         with torch.no_grad():
-            log_q = model.language_model(input_ids=ids).logits[0].log_softmax(-1)
+            log_q = model.model(input_ids=ids).logits[0].log_softmax(-1)
         scores.append(sum(float(log_q[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
     want = truthfulqa.measures(scores[:2], scores[2:], best=1)
     got = truthfulqa.ask(model, tokenizer, question, truthfulqa.configurations(30))

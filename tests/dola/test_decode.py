@@ -3,18 +3,22 @@
 import copy
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import load_model
 from test_runtime import oracle_contrast, oracle_jsd
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.readout import Readout
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola.exits import ExitView
 
 N = 30
 CONFIGS = [
@@ -105,41 +109,19 @@ def test_each_step_of_a_cached_generation_is_the_oracles(
 
 
 @pytest.mark.parametrize("layers", [(22, 24, 26, 28), (1,), (5, 29)])
-def test_fused_readout_equals_one_head_call_per_exit(
-    model: Any, prompt: dict[str, Any], layers: tuple[int, ...]
-) -> None:
-    language_model = model.language_model
+@pytest.mark.parametrize("kept", [1, 0])
+def test_exits_equal_one_head_call_each(model: Any, prompt: dict[str, Any], layers: tuple[int, ...], kept: int) -> None:
+    """They are ahead of the model's own logits, of the last position or of the whole prompt."""
+    language_model, J = model.language_model, len(layers)
     inputs = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
+    few = {name: kept for name in signature(type(language_model).forward).parameters if name.endswith("logits_to_keep")}
     with torch.no_grad():
         plain = language_model(**inputs, output_hidden_states=True)
-        with Readout(language_model, layers) as readout:
-            fused = language_model(**inputs, **last_position_only(language_model))
-            exits = readout.take()
-            with pytest.raises(RuntimeError):  # given once: a stale exit must not be read for a later step
-                readout.take()
+        logits = ExitView(language_model, layers).model(**inputs, **few).logits
         want = [language_model.lm_head(language_model.model.norm(plain.hidden_states[j][:, -1:])) for j in layers]
-    assert exits.shape == (3, len(layers), 512)
-    assert torch.allclose(exits, torch.cat(want, 1), atol=1e-5)
-    assert fused.logits.shape[1] == 1
-    assert torch.allclose(fused.logits[:, -1], plain.logits[:, -1], atol=1e-5)
-
-
-def last_position_only(language_model: Any) -> dict[str, int]:
-    import inspect
-
-    names = inspect.signature(type(language_model).forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in names else {"num_logits_to_keep": 1}
-
-
-def test_readout_leaves_the_logits_of_a_whole_prompt_whole(model: Any, prompt: dict[str, Any]) -> None:
-    inputs = {name: prompt[name] for name in ("inputs_embeds", "attention_mask")}
-    with torch.no_grad(), Readout(model.language_model, (7, 9)) as readout:
-        logits = model.language_model(**inputs).logits
-        assert readout.take().shape == (3, 2, 512)
-    with torch.no_grad():
-        want = model.language_model(**inputs).logits
-    assert logits.shape == want.shape
-    assert torch.allclose(logits, want, atol=1e-5)
+    assert torch.allclose(logits[:, :J], torch.cat(want, 1), atol=1e-5)
+    assert logits.shape[1] == J + (kept or inputs["inputs_embeds"].shape[1])
+    assert torch.allclose(logits[:, J:], plain.logits[:, -kept:], atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_the_others(model: Any, prompt: dict[str, Any]) -> None:
@@ -278,7 +260,7 @@ def test_beam_sampling_of_a_batch_whose_rows_end_at_different_steps(
     """With −∞ outside V_head, a row whose beams have all ended left torch.multinomial nothing to draw from."""
     wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=alpha))
     greedy = wrapper.generate(**prompt).tolist()
-    # With alpha = 1 there is one way to go; this word ends it for row 0 while others go on.
+    # With alpha = 1 there is one way to go; this token ends it for row 0 while others go on.
     ends = next(token for token in greedy[0] if token not in greedy[1])
     step = greedy[0].index(ends)
     torch.manual_seed(0)
@@ -376,27 +358,39 @@ def test_what_cannot_work_is_refused(model: Any, prompt: dict[str, Any], argumen
 
 def state(model: Any) -> dict[str, Any]:
     """All that must be as it was: the same objects with the same values."""
-    modules = dict(model.named_modules())
-    return {
-        "tensors": {name: (id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers())},
-        "values": {name: t.double().sum().item() for name, t in model.state_dict().items()},
-        "hooks": {
-            name: (id(module._forward_hooks), len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in modules.items()
-        },
-        "forwards": {name: module.__dict__.get("forward") for name, module in modules.items()},
-        "training": {name: module.training for name, module in modules.items()},
-        "config": (id(model.language_model.config), model.language_model.config.to_json_string()),
-        "generation": (
-            id(model.language_model.generation_config),
-            model.language_model.generation_config.to_json_string(),
-        ),
-        "attributes": sorted(vars(model.language_model)),
+    attributes: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            attributes[f"{name} {key}"] = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
+    return attributes | {
+        "versions": {name: t._version for name, t in (*model.named_parameters(), *model.named_buffers())},
+        "config": model.language_model.config.to_json_string(),
+        "generation": model.language_model.generation_config.to_json_string(),
     }
+
+
+class Look(LogitsProcessor, BaseStreamer):
+    """Calls `look` in each step, from within the call and from another thread."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look, self.pool = look, ThreadPoolExecutor(1)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.put(scores)
+        return scores
+
+    def put(self, value: Tensor) -> None:
+        self.look()
+        self.pool.submit(self.look).result()
+
+    def end(self) -> None:
+        self.look()
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_the_model_is_as_it_was(model: Any, prompt: dict[str, Any], error: type[BaseException] | None) -> None:
+    """During a call as well as after it."""
+
     class Fail(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             if error is not None and input_ids.shape[1] == 3:
@@ -406,14 +400,37 @@ def test_the_model_is_as_it_was(model: Any, prompt: dict[str, Any], error: type[
     wrapper = DoLaJanusWrapper(model)
     want = wrapper.generate(**prompt)
     before, given = state(model), {name: prompt[name].clone() for name in ("inputs_embeds", "attention_mask")}
+    looks = []
+    look = Look(lambda: looks.append(state(model) == before))
     if error is None:
-        wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail()])
+        wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail(), look])
+        one = {name: prompt[name][:1] for name in ("inputs_embeds", "attention_mask")}
+        wrapper.generate(**(prompt | one), streamer=look)
+        wrapper.generate(**prompt, num_beams=2, logits_processor=[look], trace=DoLaTrace("all"))
     else:
         with pytest.raises(error):
-            wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail()])
+            wrapper.generate(**prompt, repetition_penalty=1.3, logits_processor=[Fail(), look])
+    assert len(looks) > 3 and all(looks)
     assert state(model) == before
     assert all(torch.equal(prompt[name], value) for name, value in given.items())
     assert torch.equal(wrapper.generate(**prompt), want)
+
+
+def test_hidden_states_on_request_leave_nothing_on_the_model(prompt: dict[str, Any]) -> None:
+    """transformers 5 captures them by hooks, on whatever model it runs: here, on the view."""
+    model = load_model()
+    wrapper, before = DoLaJanusWrapper(model), state(model)
+    want = wrapper.generate(**prompt)
+    for _ in range(2):
+        output = wrapper.generate(
+            **(prompt | {"max_new_tokens": 3}),
+            return_dict_in_generate=True,
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        assert torch.equal(output.sequences, want[:, :3])
+        assert [len(step) for step in output.hidden_states] == [N + 1] * 3
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("where", ["layer", "head", "norm"])
@@ -436,19 +453,30 @@ def test_an_error_inside_the_forward_pass_leaves_no_hook(model: Any, prompt: dic
     assert torch.equal(wrapper.generate(**prompt), want)
 
 
-def test_hooks_of_others_see_the_usual_shapes(model: Any, prompt: dict[str, Any]) -> None:
+def test_hooks_of_others_see_the_exits_and_act_on_them(model: Any, prompt: dict[str, Any]) -> None:
+    """What is hooked to the head is part of φ, of the exits' as of the final layer's: one call, seen whole."""
     seen = []
     head = model.language_model.lm_head
-    handles = [
-        head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])),
-        head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1])),
-    ]
+
+    def suppress(module: Any, args: Any, output: Tensor) -> Tensor:
+        seen.append((args[0].shape[1], output.shape[1]))
+        output = output.clone()
+        output[..., 43] = 0.0
+        return output
+
+    want = DoLaJanusWrapper(model).generate(**prompt)
+    handle = head.register_forward_hook(suppress)
     try:
-        DoLaJanusWrapper(model).generate(**prompt)
+        got = DoLaJanusWrapper(model).generate(
+            **(prompt | {"max_new_tokens": 1}), return_dict_in_generate=True, output_scores=True
+        )
+        assert seen == [(5, 5)]
+        logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], torch.zeros(3, 0).long())
     finally:
-        for handle in handles:
-            handle.remove()
-    assert set(seen) == {1}
+        handle.remove()
+    assert not logits[..., 43].any()
+    assert_scores(got.scores[0], oracle_scores(logits, logits[:, -1], [22, 24, 26, 28], 0.1))
+    assert not torch.equal(want[:, :1], got.sequences)
 
 
 def test_threads_on_one_model_do_not_meet(model: Any, prompt: dict[str, Any]) -> None:
@@ -498,8 +526,6 @@ def test_calls_may_nest(model: Any, prompt: dict[str, Any]) -> None:
 @pytest.fixture
 def small_model() -> Iterator[Any]:
     """A LLaMA of 8 layers of its own, for what changes a model."""
-    from types import SimpleNamespace
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -511,7 +537,7 @@ def small_model() -> Iterator[Any]:
         "num_attention_heads": 4,
         "initializer_range": 0.3,
     }
-    yield lambda **more: SimpleNamespace(language_model=LlamaForCausalLM(LlamaConfig(**config, **more)).eval())
+    yield lambda **more: LlamaForCausalLM(LlamaConfig(**config, **more)).eval()
 
 
 IDS = torch.tensor([[5, 6, 7, 8], [20, 21, 22, 23]])
@@ -522,14 +548,14 @@ ANSWER = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 96, "pad_toke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_heads_and_dtypes(small_model: Any, tied: bool, dtype: torch.dtype) -> None:
     model = small_model(tie_word_embeddings=tied)
-    model.language_model.to(dtype)
+    model.to(dtype)
     wrapper = DoLaJanusWrapper(model, DoLaConfig(candidate_layers=[2, 4, 6], alpha=0.05))
     output = wrapper.generate(IDS, **ANSWER, return_dict_in_generate=True, output_scores=True)
     assert all(scores.dtype == torch.float32 and not scores.isnan().any() for scores in output.scores)
     np.testing.assert_allclose(output.scores[0].exp().sum(-1), 1, atol=1e-5)
     with torch.no_grad():
-        plain = model.language_model(IDS, output_hidden_states=True)
-        head, norm = model.language_model.lm_head, model.language_model.model.norm
+        plain = model(IDS, output_hidden_states=True)
+        head, norm = model.lm_head, model.model.norm
         exits = torch.stack([head(norm(plain.hidden_states[j][:, -1])) for j in (2, 4, 6)], 1)
     final, exits = plain.logits[:, -1].double().numpy(), exits.double().numpy()
     want = oracle_scores(np.concatenate([exits, final[:, None]], 1), final, [1, 2, 3], 0.05)
@@ -540,7 +566,7 @@ def test_heads_and_dtypes(small_model: Any, tied: bool, dtype: torch.dtype) -> N
 
 
 def test_layers_and_head_kept_elsewhere(small_model: Any, tmp_path: Any) -> None:
-    """accelerate moves inputs and weights of dispatched modules in their `forward`; the hooks must fit around that."""
+    """accelerate moves inputs and weights of dispatched modules in their `forward`, which it binds to the original."""
     from accelerate import dispatch_model
 
     model = small_model()
@@ -548,13 +574,18 @@ def test_layers_and_head_kept_elsewhere(small_model: Any, tmp_path: Any) -> None
     want = DoLaJanusWrapper(model, config).generate(IDS, **ANSWER)
     homes = {"model.embed_tokens": "cpu", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "disk"}
     homes |= {f"model.layers.{i}": "disk" if i in (1, 3) else "cpu" for i in range(8)}
-    model.language_model = dispatch_model(model.language_model, homes, main_device="cpu", offload_dir=tmp_path)
+    model = dispatch_model(model, homes, main_device="cpu", offload_dir=tmp_path)
     assert torch.equal(DoLaJanusWrapper(model, config).generate(IDS, **ANSWER), want)
 
 
 def test_wrapper_composes(model: Any) -> None:
     wrapper = DoLaJanusWrapper(model)
-    assert wrapper.language_model is model.language_model
+    language_model = wrapper.language_model
+    assert language_model.generate == wrapper.generate
+    assert {name: value for name, value in vars(language_model).items() if name != "generate"} == vars(
+        model.language_model
+    )
+    assert language_model.model is model.language_model.model
     assert wrapper.ln_out is model.language_model.model.norm
     assert wrapper.phi is model.language_model.lm_head
     assert wrapper.prepare_inputs_embeds.__self__ is model
@@ -577,8 +608,8 @@ def test_wrapper_refuses(model: Any, config: Any, message: str) -> None:
         DoLaJanusWrapper(model, config)
 
 
-def test_wrapper_refuses_a_model_without_head() -> None:
-    with pytest.raises(ValueError, match=r"language_model\.model\.layers"):
+def test_wrapper_refuses_what_does_not_generate() -> None:
+    with pytest.raises(ValueError, match="a transformers model that generates, got Linear"):
         DoLaJanusWrapper(torch.nn.Linear(2, 2))
 
 

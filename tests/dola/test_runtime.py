@@ -20,6 +20,10 @@ def tensor(array: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array)).to(dtype)
 
 
+def of_rows(rows: int, alpha: float) -> torch.Tensor:
+    return torch.full((rows,), alpha)
+
+
 def oracle_jsd(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
     M = (P + Q) / 2
     return (rel_entr(P, M).sum(-1) + rel_entr(Q, M).sum(-1)) / 2
@@ -96,8 +100,8 @@ def test_contrast(logits_N: np.ndarray, logits_M: np.ndarray, alpha: float) -> N
     if np.abs(q / (alpha * q.max(-1, keepdims=True) + 1e-300) - 1).min() < 1e-4:
         return  # a word on the very threshold: float32 may see it on the other side
     log_qN, log_qM = dola.log_softmax(tensor(logits_N)), dola.log_softmax(tensor(logits_M))
-    for premature, logits in ((log_qM, logits_M), (None, None)):
-        got, want = dola.contrast(log_qN, premature, alpha), oracle_contrast(logits_N, logits, alpha)
+    for premature, logits in ((log_qM, logits_M), (torch.zeros_like(log_qM), None)):
+        got, want = dola.contrast(log_qN, premature, of_rows(2, alpha)), oracle_contrast(logits_N, logits, alpha)
         assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
         np.testing.assert_allclose(got.exp().numpy(), np.exp(want), atol=2e-5)
         np.testing.assert_allclose(got.exp().sum(-1).numpy(), 1, atol=1e-5)
@@ -106,7 +110,7 @@ def test_contrast(logits_N: np.ndarray, logits_M: np.ndarray, alpha: float) -> N
 @given(rows_of_logits(2, V=5), rows_of_logits(2, V=5), st.floats(-50, 50, width=32))
 def test_shift_of_logits_changes_nothing(logits_N: np.ndarray, logits_M: np.ndarray, shift: float) -> None:
     def decode(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
-        return dola.contrast(dola.log_softmax(tensor(a)), dola.log_softmax(tensor(b)), 0.0).exp()
+        return dola.contrast(dola.log_softmax(tensor(a)), dola.log_softmax(tensor(b)), of_rows(2, 0.0)).exp()
 
     assert torch.allclose(decode(logits_N, logits_M), decode(logits_N + shift, logits_M - shift), atol=1e-3)
 
@@ -122,25 +126,33 @@ def test_contrast_with_apc_sums_to_1_on_V_head_and_is_0_elsewhere(
     assert not p.isnan().any()
     np.testing.assert_allclose(p.sum(-1).numpy(), 1, atol=1e-5)
     assert (p[qN < alpha * qN.amax(-1, keepdim=True) * (1 - 1e-5)] == 0).all()
-    assert torch.allclose(p, dola.contrast(qN.log(), qM.log(), alpha).exp(), atol=1e-5)  # the decode path's formula
+    in_log_space = dola.contrast(qN.log(), qM.log(), of_rows(3, alpha))  # as the decode path has it
+    assert torch.allclose(p, in_log_space.exp(), atol=1e-5)
 
 
 def test_alpha_0_keeps_every_word_and_alpha_1_the_argmax_alone() -> None:
     log_qN = torch.log_softmax(torch.tensor([[1.0, 2.0, -60.0], [3.0, -1.0, 0.0]]), -1)
-    assert dola.head_mask(log_qN, 0.0).all()
-    assert dola.head_mask(log_qN, 1.0).tolist() == [[False, True, False], [True, False, False]]
+    assert dola.head_mask(log_qN, of_rows(2, 0.0)).all()
+    assert dola.head_mask(log_qN, of_rows(2, 1.0)).tolist() == [[False, True, False], [True, False, False]]
+    own = dola.head_mask(log_qN, torch.tensor([1.0, 0.0]))  # a threshold for each row
+    assert own.tolist() == [[False, True, False], [True, True, True]]
 
 
 def test_fallback_M_is_N_is_q_N_and_not_uniform() -> None:
     log_qN = torch.log_softmax(torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 1.0]]), -1)
-    assert torch.allclose(dola.contrast(log_qN, None, 0.0), log_qN, atol=1e-6)
+    none = dola.read(log_qN, torch.zeros(2, 0, 3))
+    assert none.jsd.shape == (2, 0)
+    log_p, M_index = dola.choose(none, torch.ones(2, 0, dtype=torch.bool), torch.tensor([0.0, 0.5]))
+    assert M_index.tolist() == [0, 0]  # J, which stands for N
+    assert torch.equal(log_p[0], none.log_qN[0])
+    np.testing.assert_allclose(log_p[1].exp(), [0, 0, 1], atol=1e-7)
 
 
-def test_words_ruled_out_by_a_penalty_stay_out() -> None:
+def test_tokens_ruled_out_by_a_penalty_stay_out() -> None:
     logits_N = torch.tensor([[1.0, -math.inf, 0.5, 0.2], [-math.inf, -math.inf, 2.0, -math.inf]])
     logits_M = torch.tensor([[1.0, 5.0, -0.5, 0.0], [0.0, 1.0, 2.0, 3.0]])
     for alpha in (0.0, 0.1, 1.0):
-        p = dola.contrast(dola.log_softmax(logits_N), dola.log_softmax(logits_M), alpha).exp()
+        p = dola.contrast(dola.log_softmax(logits_N), dola.log_softmax(logits_M), of_rows(2, alpha)).exp()
         assert (p[logits_N == -math.inf] == 0).all()
         assert p.sum(-1).tolist() == pytest.approx([1, 1])
         assert not dola.jsd(dola.log_softmax(logits_N).exp(), dola.log_softmax(logits_M).exp()).isnan().any()
@@ -163,7 +175,7 @@ def test_vocabulary_of_janus_in_float32() -> None:
     log_qN, log_qj = dola.log_softmax(tensor(logits_N)), dola.log_softmax(tensor(logits_j))
     want = oracle_jsd(softmax(logits_N.astype(np.float64), -1)[:, None], softmax(logits_j.astype(np.float64), -1))
     np.testing.assert_allclose(dola.jsd(log_qN.exp()[:, None], log_qj.exp()).numpy(), want, atol=1e-6)
-    got = dola.contrast(log_qN, log_qj[:, 1], 0.1).numpy()
+    got = dola.contrast(log_qN, log_qj[:, 1], of_rows(2, 0.1)).numpy()
     want = oracle_contrast(logits_N, logits_j[:, 1], 0.1)
     assert np.array_equal(np.isneginf(got), np.isneginf(want))
     np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], atol=1e-4)
@@ -228,13 +240,29 @@ def test_buckets_refuse(num_layers: int, bucket_id: int, echo: str) -> None:
 def test_a_step_compiles_to_one_graph() -> None:
     """No value of a tensor is looked at, which would also make the GPU wait."""
 
-    def step(scores: torch.Tensor, exits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (qN, log_qN), (qj, log_qj) = dola.softmax(scores), dola.softmax(exits)
-        divergence = dola.jsd(qN.unsqueeze(1), qj, log_qN.unsqueeze(1), log_qj)
-        M, log_qM = dola.premature(log_qj, divergence, [0, 1, 2])
-        return M, dola.contrast(log_qN, log_qM, 0.1)
+    def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return dola.choose(dola.read(*inputs[:2]), *inputs[2:])
 
-    scores, exits = torch.randn(2, 50), torch.randn(2, 3, 50)
+    inputs = torch.randn(2, 50), torch.randn(2, 3, 50), torch.ones(2, 3, dtype=torch.bool), of_rows(2, 0.1)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
-    for got, want in zip(compiled(scores, exits), step(scores, exits), strict=True):
+    for got, want in zip(compiled(*inputs), step(*inputs), strict=True):
         assert torch.equal(got, want)
+
+
+@given(rows_of_logits(3, V=9), rows_of_logits(3, 4, V=9), hnp.arrays(bool, (3, 4)), st.data())
+def test_each_row_has_its_own_candidates_and_alpha(
+    logits_N: np.ndarray, logits_j: np.ndarray, candidates: np.ndarray, data: st.DataObject
+) -> None:
+    """A row of a batch is what it is alone, with the exits that are its candidates and no others."""
+    alpha = [data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])) for _ in range(3)]
+    rows = tensor(candidates, torch.bool), torch.tensor(alpha)
+    log_p, M_index = dola.choose(dola.read(tensor(logits_N), tensor(logits_j)), *rows)
+    for row in range(3):
+        own = candidates[row].nonzero()[0]
+        reading = dola.read(tensor(logits_N[row : row + 1]), tensor(logits_j[row : row + 1, own]))
+        every = torch.ones(1, len(own), dtype=torch.bool)
+        alone, index = dola.choose(reading, every, torch.tensor(alpha[row : row + 1]))
+        assert M_index[row] == (own[index] if index < len(own) else 4)
+        torch.testing.assert_close(log_p[row], alone[0], atol=1e-5, rtol=1e-5)
+        if not len(own) and not alpha[row]:
+            assert torch.equal(log_p[row], dola.log_softmax(tensor(logits_N))[row])  # q_N itself

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola import wrapper as wrapper_module
+from janus_dola.wrapper import DoLaLogitsProcessor
 
 EOS = 481
 CONFIGS = [
@@ -74,6 +77,17 @@ class Teacher(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
 
 
+class Taught(DoLaLogitsProcessor):
+    """The teacher must come after DoLa, where no caller's processor can be."""
+
+    def __init__(self, teacher: Teacher, *args: Any) -> None:
+        super().__init__(*args)
+        self.teacher = teacher
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.teacher(input_ids, super().__call__(input_ids, scores))
+
+
 def test_equals_decoding_of_given_tokens(
     wrapper: DoLaJanusWrapper, prompts: dict[str, Tensor], monkeypatch: Any
 ) -> None:
@@ -83,15 +97,9 @@ def test_equals_decoding_of_given_tokens(
     for config in CONFIGS[1:]:
         teacher = Teacher(ids)
         wrapper.config = config
-        whole = wrapper._generate  # the teacher must come after DoLa, where no caller's processor can be
-
-        def _generate(
-            processors: list[Any], *args: Any, teacher: Any = teacher, whole: Any = whole, **kwargs: Any
-        ) -> Any:
-            return whole([*processors, teacher], *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(wrapper, "_generate", _generate)
+            patch.setattr(wrapper_module, "DoLaLogitsProcessor", partial(Taught, teacher))
             wrapper.generate(
                 inputs_embeds=prompts["inputs_embeds"],
                 attention_mask=prompts["attention_mask"],
@@ -234,7 +242,7 @@ def test_scoring_within_a_generation(
         ({"attention_mask": "right"}, "attention_mask must be 0 on the left .* got otherwise in row 1"),
         ({"continuation_ids": torch.ones(2, 6).long()}, r"continuation_ids must be of shape \[3, T\].* got \[2, 6\]"),
         ({"continuation_ids": torch.ones(3, 0).long()}, r"continuation_ids must be of shape \[3, T\].* got \[3, 0\]"),
-        ({"continuation_ids": torch.ones(3, 6)}, "continuation_ids must be whole numbers, got torch.float32"),
+        ({"continuation_ids": torch.ones(3, 6)}, "continuation_ids must be integers, got torch.float32"),
         ({"continuation_ids": torch.full((3, 6), 512)}, r"continuation_ids must be in 0\.\.\.511, .* got 512"),
         ({"continuation_mask": torch.ones(3, 5)}, r"continuation_mask must be .* \[3, 6\], got \[3, 5\]"),
         ({"continuation_mask": torch.tensor([[1] * 6, [0, 1] * 3, [0] * 6])}, "continuation_mask must be 1, .* row 1"),
@@ -262,16 +270,12 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=102400, hidden_size=32, intermediate_size=64, num_hidden_layers=8,
                      num_attention_heads=2, tie_word_embeddings=True)
-class Janus(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.language_model = LlamaForCausalLM(config)
-wrapper = DoLaJanusWrapper(Janus().eval(), DoLaConfig(candidate_layers=[2, 3, 4, 5, 6]))
+wrapper = DoLaJanusWrapper(LlamaForCausalLM(config).eval(), DoLaConfig(candidate_layers=[2, 3, 4, 5, 6]))
 ids = torch.randint(0, 102400, (1, 340))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with torch.no_grad():
-    wrapper.language_model.model(ids, use_cache=False)
+    wrapper.get_decoder()(ids, use_cache=False)
 before = peak()
 wrapper.score(input_ids=ids[:, :300], continuation_ids=ids[:, 300:])
 print(peak() - before)

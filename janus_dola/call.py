@@ -1,0 +1,113 @@
+"""One call of `generate`: what was asked for is gathered, checked and run once."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+# generate's leading positional parameters, the same in transformers 4.48 and 5.
+POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+
+# Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "assisted decoding checks several tokens per forward pass"),
+    "prompt_lookup_num_tokens": ((None,), "prompt lookup decoding checks several tokens per forward pass"),
+    "assistant_early_exit": ((None,), "assisted decoding checks several tokens per forward pass"),
+    "use_mtp": ((None, False), "multi-token prediction checks several tokens per forward pass"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search re-ranks tokens by hidden states of its own"),
+    "num_beam_groups": ((None, 1), "group beam search scores a part of the rows at a time"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the model a second time in every step"),
+    "dola_layers": ((None,), "it is another DoLa, that of transformers"),
+    "custom_generate": ((None,), "a custom decoding loop need not apply logits processors"),
+}
+
+
+class Call:
+    """The arguments of one `generate` call, by name, with the defaults of the model's generation config.
+
+    Args:
+        model: The generating model.
+        args, kwargs: Those of its `generate`.
+
+    Attributes:
+        rows: How many prompts there are; None where the arguments do not say.
+
+    Raises:
+        ValueError: There are too many arguments, or `inputs_embeds` or its `attention_mask` has the wrong shape.
+    """
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > len(POSITIONAL):
+            raise ValueError(f"generate takes at most {len(POSITIONAL)} positional arguments, got {len(args)}")
+        self._model = model
+        self._kwargs = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        if model.config.model_type == "janus" and self._kwargs.pop("generation_mode", "text") == "text":
+            self._kwargs["guidance_scale"] = None  # of images: transformers' Janus, too, leaves it off for text
+        embeds, mask = self.get("inputs_embeds"), self.get("attention_mask")
+        ids = [given for name in ("input_ids", "inputs") if (given := self.get(name)) is not None]
+        self.rows = next((len(given) for given in (embeds, *ids) if isinstance(given, Tensor)), None)
+        if embeds is not None:
+            shape, d = list(getattr(embeds, "shape", ())), model.get_input_embeddings().embedding_dim
+            if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != d:
+                raise ValueError(f"inputs_embeds must be a tensor [rows, T, {d}], rows and T at least 1, got {shape}")
+            if (
+                not ids and mask is not None and mask.ndim == 2 and list(mask.shape) != shape[:2]
+            ):  # ids beside are more to mask
+                raise ValueError(f"attention_mask must be of shape {shape[:2]}, got {list(mask.shape)}")
+
+    def get(self, name: str) -> Any:
+        """What `generate` will use: keyword, else the call's generation config, else the model's."""
+        if name in self._kwargs:
+            return self._kwargs[name]
+        given: GenerationConfig | None = self._kwargs.get("generation_config")
+        value = getattr(given, name, None)
+        return value if value is not None else getattr(self._model.generation_config, name, None)
+
+    def set(self, name: str, value: Any) -> None:
+        """Sets an argument without changing what the caller passed in."""
+        given = self._kwargs.get("generation_config")
+        if given is not None and hasattr(given, name):  # transformers warns when both are given
+            self._kwargs["generation_config"] = copy.deepcopy(given)
+            setattr(self._kwargs["generation_config"], name, value)
+            self._kwargs.pop(name, None)
+        else:
+            self._kwargs[name] = value
+
+    def check_dola(self) -> None:
+        """Refuses the kinds of decoding that DoLa cannot work with.
+
+        Raises:
+            ValueError: One is asked for.
+        """
+        for name, (off, reason) in UNSUPPORTED.items():
+            if (value := self.get(name)) not in off:
+                raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
+
+    def run(
+        self, processor: LogitsProcessor | None = None, criterion: StoppingCriteria | None = None, view: Any = None
+    ) -> Any:
+        """What `generate` returns, of the model or a view of it, with our processor and criterion after the caller's.
+
+        It is always transformers' own loop: Janus' `generate` of transformers drops the caller's processors.
+        """
+        processors = [*(self._kwargs.pop("logits_processor", None) or ()), *([processor] if processor else ())]
+        penalty = self.get("repetition_penalty")
+        if penalty not in (None, 1.0) and self.get("inputs_embeds") is not None and self.get("inputs") is None:
+            # transformers 5 counts a row's padding off its new tokens and skips the penalty for as many of them.
+            self.set("repetition_penalty", 1.0)
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(float(penalty)))
+        if processors:
+            self._kwargs["logits_processor"] = LogitsProcessorList(processors)
+        if criterion is not None:
+            given = self._kwargs.get("stopping_criteria")
+            self._kwargs["stopping_criteria"] = StoppingCriteriaList([*(given or ()), criterion])
+        return GenerationMixin.generate(self._model if view is None else view, **self._kwargs)
