@@ -50,8 +50,9 @@ class Call:
             raise ValueError(f"generate takes at most {len(POSITIONAL)} positional arguments, got {len(args)}")
         self._model = model
         self._kwargs = dict(zip(POSITIONAL, args, strict=False)) | kwargs
-        if model.config.model_type == "janus" and self._kwargs.pop("generation_mode", "text") == "text":
-            self._kwargs["guidance_scale"] = None  # of images: transformers' Janus, too, leaves it off for text
+        if model.config.model_type == "janus":
+            self._kwargs.pop("generation_mode", None)  # text: DoLaJanusWrapper.generate leaves images to the model
+            self._kwargs["guidance_scale"] = None  # of images, too: transformers' Janus leaves it off for text
         embeds, mask = self.get("inputs_embeds"), self.get("attention_mask")
         ids = [given for name in ("input_ids", "inputs") if (given := self.get(name)) is not None]
         self.rows = next((len(given) for given in (embeds, *ids) if isinstance(given, Tensor)), None)
@@ -59,9 +60,8 @@ class Call:
             shape, d = list(getattr(embeds, "shape", ())), model.get_input_embeddings().embedding_dim
             if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != d:
                 raise ValueError(f"inputs_embeds must be a tensor [rows, T, {d}], rows and T at least 1, got {shape}")
-            if (
-                not ids and mask is not None and mask.ndim == 2 and list(mask.shape) != shape[:2]
-            ):  # ids beside are more to mask
+            # ids beside the embeddings are more to mask
+            if not ids and mask is not None and mask.ndim == 2 and list(mask.shape) != shape[:2]:
                 raise ValueError(f"attention_mask must be of shape {shape[:2]}, got {list(mask.shape)}")
 
     def get(self, name: str) -> Any:

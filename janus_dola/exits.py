@@ -6,8 +6,7 @@ call's taps are the call's alone, whatever other threads or nested calls do, and
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -25,8 +24,8 @@ def generating_model(model: Any) -> Any:
     Raises:
         ValueError: There is none, or not one whose layers can be tapped.
     """
-    modules = getattr(model, "modules", tuple)()
-    found: Any = next((m for m in modules if isinstance(m, PreTrainedModel) and m.can_generate()), None)
+    modules: Any = getattr(model, "modules", tuple)()
+    found = next((m for m in modules if isinstance(m, PreTrainedModel) and m.can_generate()), None)
     if found is None:
         raise ValueError(f"model must be or hold a transformers model that generates, got {type(model).__name__}")
     decoder = found.get_decoder() if hasattr(found, "get_decoder") else None
@@ -86,6 +85,7 @@ class ExitView:
     Attributes:
         model: The copy of the model, to be called or generated with.
         hidden: Layer -> what was kept of its output.
+        made_of: The model's `state` at the time.
 
     Raises:
         ValueError: A module on the way to a tapped one has a `forward` of its own that cannot be bound to its copy.
@@ -102,30 +102,29 @@ class ExitView:
         self.hidden: dict[int, Tensor] = {}
         self._copies: dict[nn.Module, Any] = {model: self.model}
         self._layers, self._ln_out = layers, model.get_decoder().norm
-        self._exits: Tensor | None = None
+        self._exits: Any = None
         for name, _ in model.named_modules() if whole else ():
             self.own(name.split(".") if name else [])
         path = path_to(model.get_decoder().layers, model)
         for j in layers:
             self.own([*path, str(j - 1)]).register_forward_hook(self._tap(j, keep or _last_position))
+        if keep is None:
+            # generate hands each step's outputs to this method before it reads the logits.
+            self._update = self.model._update_model_kwargs_for_generation
+            self.model._update_model_kwargs_for_generation = self._keep_exits
         if layers and keep is None:
             head = self.own(path_to(model.get_output_embeddings(), model))
             if _is_plain(head):
                 head.__class__ = TransposedLinear
             head.register_forward_pre_hook(self.prepend_exits)
-            # generate hands each step's outputs to this method before it reads the logits.
-            self._update = self.model._update_model_kwargs_for_generation
-            self.model._update_model_kwargs_for_generation = self._keep_exits
+        self.made_of = self.state()
 
     def own(self, path: Sequence[str]) -> Any:
         """The view's copy of the module at `path`, names from the model on."""
         module, copy = next(iter(self._copies.items()))
         for name in path:
             if "forward" in vars(module) and copy.forward is module.forward:
-                raise ValueError(
-                    f"model must run by its classes' forward, got {type(module).__name__} with another, which may not "
-                    f"reach the layers that DoLa reads: {module.forward!r}"
-                )
+                raise ValueError(f"model must run by its class's forward, got {type(module).__name__} with another")
             module = module._modules[name]  # type: ignore[assignment]
             if module not in self._copies:
                 self._copies[module] = shallow_copy(module)
@@ -135,11 +134,10 @@ class ExitView:
     def take(self) -> Tensor:
         """Logits of the exits in `generate`'s last forward pass, [rows, J, V], in the model's dtype; given once."""
         exits, self._exits = self._exits, None
-        assert exits is not None  # generate asks for the next token after a forward pass
         return exits
 
     def state(self) -> set[tuple[Any, ...]]:
-        """What the copied modules are made of; another one later means that a hook, child or attribute has changed."""
+        """What the copied modules consist of: where it is not `made_of`, a hook, child or attribute has changed."""
         return {
             (module, name, key, id(item))
             for module in self._copies
@@ -184,31 +182,3 @@ def _is_plain(head: nn.Module) -> bool:
         return False
     where = head.weight.device.type, head.weight.dtype
     return where == ("cpu", torch.float32) and not head._forward_pre_hooks and not head._forward_hooks
-
-
-class CompiledViews:
-    """Views with a compiled forward pass, kept for later calls and lent to one call at a time.
-
-    A copy of this is empty: what is compiled belongs to the model at hand.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], list[tuple[ExitView, set[tuple[Any, ...]]]]] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledViews, ()
-
-    @contextmanager
-    def lend(self, model: Any, layers: tuple[int, ...], whole: bool) -> Iterator[ExitView]:
-        """A view of the model as it is now; it is kept afterwards if `generate` has compiled it."""
-        kept = self._kept.setdefault((model, layers, whole), [])
-        view, state = kept.pop() if kept else (None, None)
-        if view is None or view.state() != state:
-            view = ExitView(model, layers, whole=whole)
-            state = view.state()
-        try:
-            yield view
-        finally:
-            view.hidden.clear()
-            if "_compiled_call" in vars(view.model):
-                kept.append((view, state))

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import GenerationMixin, LogitsProcessor
 from janus_dola.call import Call
 from janus_dola.config import DoLaConfig, by_row
 from janus_dola.dola_runtime import choose, read
-from janus_dola.exits import CompiledViews, generating_model, shallow_copy
+from janus_dola.exits import ExitView, generating_model, shallow_copy
 from janus_dola.score import score
 from janus_dola.trace import DoLaTrace, TraceCriteria
 
@@ -30,7 +29,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
     where DoLa belongs; so one processor serves greedy search, sampling and beams.
 
     Args:
-        exits: Gives the exits' logits of the step, [rows, J, V]; None where no layer is tapped.
+        exits: Gives the exits' logits of the step, [rows, J, V]; J may be 0.
         candidates: Which of them each prompt may choose from, bool [prompts, J]; one prompt stands for all.
         alpha: Threshold of V_head, [prompts].
         outside: The score outside V_head.
@@ -38,7 +37,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(
-        self, exits: Callable[[], Tensor] | None, candidates: Tensor, alpha: Tensor, outside: float, trace: Any = None
+        self, exits: Callable[[], Tensor], candidates: Tensor, alpha: Tensor, outside: float, trace: Any = None
     ) -> None:
         self.exits, self.candidates, self.alpha = exits, candidates, alpha
         self.outside, self.trace = outside, trace
@@ -51,8 +50,10 @@ class DoLaLogitsProcessor(LogitsProcessor):
         each = len(scores) // len(self.alpha)  # rows of a prompt: beams, or sequences to return; the first step tells
         self.candidates = self.candidates.to(scores.device).repeat_interleave(each, 0)
         self.alpha = self.alpha.to(scores).repeat_interleave(each)
-        exits = scores[:, None][:, :0] if self.exits is None else self.exits().to(scores.device)  # [rows, J, V]
-        parts = zip(*starmap(self._step, _chunks(scores, exits, self.candidates, self.alpha)), strict=True)
+        exits = self.exits().to(scores.device)  # [rows, J, V]
+        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
+        chunks = (rows.split(n) for rows in (scores, exits, self.candidates, self.alpha))
+        parts = zip(*map(self._step, *chunks), strict=True)
         log_qN, log_p, M_index, jsd = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
         if self.trace is not None:
             self.trace.record(input_ids, log_qN, log_p, M_index, jsd)
@@ -63,14 +64,6 @@ class DoLaLogitsProcessor(LogitsProcessor):
     def _step(self, scores: Tensor, exits: Tensor, candidates: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         reading = read(scores, exits, self.dynamic)
         return (reading.log_qN, *choose(reading, candidates, alpha), reading.jsd)
-
-
-def _chunks(scores: Tensor, exits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors of all rows, as many rows at a time as the device does best with."""
-    n = len(scores)
-    if scores.device.type == "cpu" and exits.numel():
-        n = max(1, CPU_CHUNK // exits[0].numel())
-    return zip(*(tensor.split(n) for tensor in (scores, exits, *others)), strict=True)
 
 
 class DoLaJanusWrapper:
@@ -93,17 +86,16 @@ class DoLaJanusWrapper:
             raise ValueError(f"config must be a DoLaConfig, got {type(config).__name__}")
         generating = generating_model(model)
         if type(generating).generate is not GenerationMixin.generate and generating.config.model_type != "janus":
-            raise ValueError(
-                f"model must generate as GenerationMixin does, got {type(generating).__name__} with its own"
-            )
+            raise ValueError(f"model must use GenerationMixin.generate, got {type(generating).__name__} with its own")
         self.model = model
         self.config = config or DoLaConfig()
         self.config.resolve_layers(self.num_layers)  # fail here rather than in the first call
-        self._views = CompiledViews()
+        self._compiled: dict[tuple[Any, ...], list[ExitView]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy compiles views of its own
+        return type(self), (self.model, self.config)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # not set yet: while unpickling or copying
-            raise AttributeError(name)
         return getattr(self.model, name)
 
     score = score
@@ -188,10 +180,23 @@ class DoLaJanusWrapper:
         if trace is not None:
             trace.start(N, layers, candidates, alpha, num_beams, call.get("eos_token_id"))
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
-        with self._views.lend(model, layers, whole) if layers else nullcontext() as view:
-            exits = None if view is None else view.take
-            processor = DoLaLogitsProcessor(exits, candidates, alpha, outside, trace)
-            output = call.run(processor, criterion, None if view is None else view.model)
+        with self._view(model, layers, whole) as view:
+            processor = DoLaLogitsProcessor(view.take, candidates, alpha, outside, trace)
+            output = call.run(processor, criterion, view.model)
         if trace is not None:
             trace.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
         return output
+
+    @contextmanager
+    def _view(self, model: Any, layers: tuple[int, ...], whole: bool) -> Iterator[ExitView]:
+        """A view of the model as it is now: a call's own, but kept for later ones once `generate` has compiled it."""
+        kept = self._compiled.setdefault((model, layers, whole), [])
+        view = kept.pop() if kept else None
+        if view is None or view.state() != view.made_of:
+            view = ExitView(model, layers, whole=whole)
+        try:
+            yield view
+        finally:
+            view.hidden.clear()
+            if "_compiled_call" in vars(view.model):
+                kept.append(view)

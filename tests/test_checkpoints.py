@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -429,3 +430,19 @@ def test_loading_does_not_need_twice_the_weights(tmp_path: Path) -> None:
     for grown, size in measured:
         assert 150e6 < size < 250e6
         assert 0.5 * size < grown < 1.5 * size, measured
+
+
+@pytest.mark.parametrize("flag", [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}])
+def test_flags_of_what_a_forward_pass_returns_change_no_answer(
+    model: Any, expected: dict[str, Tensor], tmp_path: Path, flag: dict[str, bool]
+) -> None:
+    """In `language_config` they ended in a KeyError, or in "'tuple' object has no attribute 'last_hidden_state'"."""
+    shutil.copytree(CHECKPOINT, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["language_config"] |= flag
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    loaded = MultiModalityCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32).eval()
+    case = "batch_left_padded"
+    arguments = {name: expected[f"{case}/{name}"] for name in ("inputs_embeds", "attention_mask")}
+    answer = loaded.language_model.generate(**arguments, max_new_tokens=8, do_sample=False, pad_token_id=481)
+    assert torch.equal(answer, expected[f"{case}/greedy"][:, :8])

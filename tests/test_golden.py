@@ -1,7 +1,8 @@
 """The golden checkpoint answers what the published code answered for it: see golden/README.md."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from conftest import CASES, CHECKPOINT, EOS, GOLDEN, StandIn
 from PIL import Image
 from torch import Tensor
+from transformers import TextIteratorStreamer
 
 from janus.image_generation import build_prompt, generate_images
-from janus.models import VLChatProcessor
+from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 
@@ -245,8 +247,10 @@ def test_decode_code_is_decode_of_the_quantised_features(model: Any, expected: d
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-def understand(model_path: Any, question: str, image: str) -> tuple[Any, Any, str]:
-    """The published README's snippet for understanding, but for `.cuda()` and the number of new tokens."""
+def understand(
+    model_path: Any, question: str, image: str, wrap: Callable[[Any], Any] = lambda vl_gpt: vl_gpt
+) -> tuple[Any, Any, str]:
+    """The published README's snippet for understanding, but for `.cuda()`, the number of new tokens, and `wrap`."""
     from transformers import AutoModelForCausalLM
 
     from janus.models import MultiModalityCausalLM, VLChatProcessor
@@ -256,6 +260,7 @@ def understand(model_path: Any, question: str, image: str) -> tuple[Any, Any, st
     tokenizer = vl_chat_processor.tokenizer
     vl_gpt: MultiModalityCausalLM = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)
     vl_gpt = vl_gpt.to(torch.bfloat16).eval()
+    vl_gpt = wrap(vl_gpt)
     conversation = [
         {"role": "<|User|>", "content": f"<image_placeholder>\n{question}", "images": [image]},
         {"role": "<|Assistant|>", "content": ""},
@@ -287,6 +292,66 @@ def test_published_snippet_for_understanding(expected: dict[str, Tensor]) -> Non
     assert (embeds.float() - want).norm() < 0.02 * want.norm()  # bfloat16 keeps 8 bits
     assert outputs[0, :2].tolist() == expected[f"{case}/greedy"][0, :2].tolist()
     assert text.startswith(CASES[case]["sft_format"][0] + " ")
+
+
+def test_published_snippet_with_one_line_more_gets_dola(expected: dict[str, Tensor]) -> None:
+    """`vl_gpt = DoLaJanusWrapper(vl_gpt)`; before, `vl_gpt.language_model.generate` went round DoLa without a word."""
+    ask = CHECKPOINT, "What is in the image?", str(EXPECTED / "images" / "wide.png")
+    _, plain, _ = understand(*ask)
+    config = DoLaConfig(alpha=0.3, bucket_id=0)
+    embeds, outputs, _ = understand(*ask, lambda vl_gpt: DoLaJanusWrapper(vl_gpt, config))
+    _, off, _ = understand(*ask, lambda vl_gpt: DoLaJanusWrapper(vl_gpt, DoLaConfig(use_dola_lm=False)))
+    model = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    want = DoLaJanusWrapper(model, config).generate_with_dola(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=24, eos_token_id=EOS, pad_token_id=EOS
+    )
+    assert torch.equal(outputs, want)
+    assert torch.equal(off, plain) and not torch.equal(outputs, plain)
+
+
+def chat(vl_gpt: Any, vl_chat_processor: Any, history: list[tuple[str, str]], question: str, image: Any) -> str:
+    """A turn of a conversation, streamed: what the published demo and its serving code do, but for `.cuda()`."""
+    tokenizer = vl_chat_processor.tokenizer
+    conversation: list[dict[str, Any]] = []
+    for asked, answered in [*history, (question, "")]:
+        conversation += [{"role": "<|User|>", "content": asked}, {"role": "<|Assistant|>", "content": answered}]
+    conversation[0] |= {"content": f"<image_placeholder>\n{conversation[0]['content']}", "images": [image]}
+    prepare_inputs = vl_chat_processor(conversations=conversation, images=[image], force_batchify=True).to(
+        vl_gpt.device, dtype=torch.float32
+    )
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    generation_config = {
+        "inputs_embeds": vl_gpt.prepare_inputs_embeds(**prepare_inputs),
+        "attention_mask": prepare_inputs.attention_mask,
+        "pad_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "use_cache": True,
+        "streamer": streamer,
+    }
+    thread = Thread(target=vl_gpt.language_model.generate, kwargs=generation_config)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    return text
+
+
+def test_a_streamed_conversation_gets_dola(model: Any, processor: Any) -> None:
+    image = Image.open(EXPECTED / "images" / "wide.png").convert("RGB")
+    answers = {}
+    for use_dola_lm in (True, False):
+        wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=0.3, bucket_id=0, use_dola_lm=use_dola_lm))
+        history: list[tuple[str, str]] = []
+        for question in ("What is it?", "And where?"):
+            history.append((question, chat(wrapper, processor, history, question, image)))
+        answers[use_dola_lm] = [answer for _, answer in history]
+        again = chat(wrapper, processor, history[:1], "And where?", image)
+        assert again == answers[use_dola_lm][1]  # the conversation, not the wrapper, holds the turns
+    plain = chat(model, processor, [], "What is it?", image)
+    assert answers[False][0] == plain != answers[True][0]
 
 
 @torch.inference_mode()
@@ -351,6 +416,9 @@ def test_published_snippet_for_text_to_image(tmp_path: Any) -> None:
     assert prompt == PROMPT
     torch.manual_seed(0)
     want_tokens, want_images = paint(model, processor, prompt, **SIZES)
+    torch.manual_seed(0)
+    tokens, images = paint(DoLaJanusWrapper(model), processor, prompt, **SIZES)  # images are what they were
+    assert torch.equal(tokens, want_tokens) and np.array_equal(images, want_images)
     # Our function is that loop: the same draws from the same seed, in the published dtype.
     torch.manual_seed(0)
     tokens, images = generate_images(model, processor, prompt, **SIZES)

@@ -145,6 +145,59 @@ def test_a_row_does_not_depend_on_the_others(model: Any, prompt: dict[str, Any])
     assert torch.equal(wrapper.generate(**(prompt | alone))[0], batch.sequences[row])
 
 
+ROWS = [DoLaConfig(alpha=0.3, bucket_id=0), DoLaConfig(use_dola_lm=False), DoLaConfig(candidate_layers=[17])]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=str,
+)
+def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, Any], kind: dict[str, Any]) -> None:
+    """In one batch, with its beams and returned sequences: as the whole batch under that configuration answers it."""
+    wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=0.9))  # of no row
+    details = kind | {"return_dict_in_generate": True, "output_scores": True}
+
+    def ask(**more: Any) -> Any:
+        torch.manual_seed(0)
+        return wrapper.generate_with_dola(**(prompt | details | more))
+
+    trace = DoLaTrace()
+    got = ask(configs=ROWS, trace=trace)
+    each, beams = kind.get("num_return_sequences", 1), kind.get("num_beams", 1)
+    sampled = "do_sample" in kind  # then rows part ways after the first step: a batch draws for all rows at once
+    for row, config in enumerate(ROWS):
+        want = ask(configs=[config] * 3)
+        scores = slice(row * max(beams, each), (row + 1) * max(beams, each))
+        mine, its = (x.scores[0][scores].log_softmax(-1) for x in (got, want))  # all off are logits, up to a constant
+        assert_scores(mine, its.double().numpy())
+        if not sampled:
+            mine, its = (x.sequences[row * each : (row + 1) * each] for x in (got, want))
+            T = min(mine.shape[1], its.shape[1])
+            assert torch.equal(mine[:, :T], its[:, :T])
+        layers = set(trace.layers[row * each : (row + 1) * each].flatten().tolist()) - {0}
+        assert layers <= ({N} if row == 1 else set(config.resolve_layers(N)))
+    assert trace.alpha == [0.3, 0.0, 0.1] and trace.candidate_layers == (2, 4, 6, 8, 10, 17)
+    if not sampled:
+        plain = model.language_model.generate(**prompt, **kind)[each : 2 * each]
+        assert torch.equal(got.sequences[each : 2 * each, : plain.shape[1]], plain)
+
+
+def test_configurations_that_do_not_fit_the_rows_are_refused(model: Any, prompt: dict[str, Any]) -> None:
+    wrapper = DoLaJanusWrapper(model)
+    for configs, message in (
+        (ROWS[:2], "configs must be one for each of the 3 prompts, got 2"),
+        ([], r"configs must be a list of at least one DoLaConfig, got \[\]"),
+        (["off"] * 3, "configs must be a list of at least one DoLaConfig, got .'off'"),
+        ([*ROWS[:2], DoLaConfig(candidate_layers=[31])], "candidate_layers must be in 1...30.* got 31"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapper.generate_with_dola(**prompt, configs=configs)
+    wrapper.config.use_dola_lm = False
+    with pytest.raises(ValueError, match="configs must be None without DoLa"):
+        wrapper.generate(**prompt, configs=ROWS)
+
+
 @pytest.mark.parametrize(
     "config",
     [
