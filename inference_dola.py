@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from janus.models import MultiModalityConfig
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaJanusWrapper, DoLaTrace
 from janus_dola.batch import (
@@ -31,6 +30,7 @@ from janus_dola.cli import (
     as_list,
     build_conversation,
     check_generation,
+    load_config,
     load_model,
     load_processor,
     main,
@@ -84,11 +84,12 @@ def answer_file(config: InferenceConfig, prompts: str, output: str) -> int:
     """Answers a file of prompts; 1 if there was one that could not be answered."""
     check_batch(config.generation, config.batch_size)
     check_generation(config.generation)
-    _, dtype = pick_device(config.device, config.dtype)
+    processor = load_processor(config)
+    model_config = load_config(config.model_path)
+    _, dtype = pick_device(config.device, config.dtype, model_config.dtype)
     same = ("model_path", "roles", *DOLA_KEYS, "generation", "seed", "compare")
     settings = {key: getattr(config, key) for key in same} | {"dtype": str(dtype), "prompts": fingerprint(prompts)}
-    processor = load_processor(config)
-    language_config = MultiModalityConfig.from_pretrained(config.model_path).language_config
+    language_config = model_config.get_text_config()
     asked, errors = read_prompts(
         prompts, processor, language_config, config.dola(), config.roles, config.generation.get("max_new_tokens") or 1
     )
@@ -111,10 +112,10 @@ def answer_one(config: InferenceConfig) -> None:
     check_generation(config.generation)
     if config.trace:
         Path(config.trace).mkdir(parents=True, exist_ok=True)
-    device, dtype = pick_device(config.device, config.dtype)
+    pick_device(config.device, config.dtype)
     processor = load_processor(config)
-    inputs = processor(conversations=turns, images=pil_images).to(device, dtype)
     model = DoLaJanusWrapper(load_model(config), config.dola())
+    inputs = processor(conversations=turns, images=pil_images).to(model.device, model.dtype)
 
     tokenizer = processor.tokenizer
     arguments = generate_arguments(model, tokenizer, inputs, config.generation)

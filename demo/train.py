@@ -560,6 +560,8 @@ def train(
 def save(model: MultiModalityCausalLM, processor: VLChatProcessor, out: Path) -> None:
     """Writes a checkpoint in the published layout, in bfloat16. The model's own weights become bfloat16, too."""
     model.bfloat16().save_pretrained(out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}  # to be run in
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(str(out))
     # transformers 5 writes neither of these as the published checkpoints have them.
     tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}

@@ -27,7 +27,6 @@ from janus_dola.cli import (
     load_model,
     load_processor,
     main,
-    pick_device,
     read_config,
 )
 from janus_dola.config import DoLaConfig
@@ -138,14 +137,13 @@ class Judge:
 
     def __init__(self, model: DoLaJanusWrapper, processor: Any, config: CalibrateConfig) -> None:
         self.model, self.processor, self.config = model, processor, config
-        self.device, self.dtype = pick_device(config.device, config.dtype)
 
     @torch.inference_mode()
     def __call__(
         self, question: dict[str, Any], turns: list[dict[str, Any]], images: list[Any]
     ) -> dict[str, dict[str, Any]]:
         """Name of the configuration -> "correct", and "text", "said" or "logprob" where the form has them."""
-        inputs = self.processor(conversations=turns, images=images).to(self.device, self.dtype)
+        inputs = self.processor(conversations=turns, images=images).to(self.model.device, self.model.dtype)
         embeds, mask = self.model.prepare_inputs_embeds(**inputs), inputs.attention_mask
         named = self.config.configurations()
         results: dict[str, dict[str, Any]] = {name: {} for name in named}

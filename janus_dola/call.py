@@ -46,13 +46,15 @@ class Call:
     """
 
     def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > len(POSITIONAL):
-            raise ValueError(f"generate takes at most {len(POSITIONAL)} positional arguments, got {len(args)}")
+        own = model.config.model_type == "janus"  # transformers' Janus, which has a generate of its own
+        names = ("inputs", "attention_mask", "logits_processor") if own else POSITIONAL
+        if len(args) > len(names):
+            raise ValueError(f"generate takes at most {len(names)} positional arguments, got {len(args)}")
         self._model = model
-        self._kwargs = dict(zip(POSITIONAL, args, strict=False)) | kwargs
-        if model.config.model_type == "janus":
+        self._kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if own:
             self._kwargs.pop("generation_mode", None)  # text: DoLaJanusWrapper.generate leaves images to the model
-            self._kwargs["guidance_scale"] = None  # of images, too: transformers' Janus leaves it off for text
+            self.set("guidance_scale", 1)  # of images, too: its generate leaves it off for text
         embeds, mask = self.get("inputs_embeds"), self.get("attention_mask")
         ids = [given for name in ("input_ids", "inputs") if (given := self.get(name)) is not None]
         self.rows = next((len(given) for given in (embeds, *ids) if isinstance(given, Tensor)), None)

@@ -172,7 +172,7 @@ class TransposedLinear(nn.Linear):
     """(W Xᵀ)ᵀ in place of X Wᵀ: half the time for a few rows of float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:  # [rows, T, d] -> [rows, T, V]
-        logits = (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+        logits = (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
         return logits if self.bias is None else logits + self.bias
 
 

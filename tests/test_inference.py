@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,8 +195,33 @@ def test_configs_of_the_published_models(name: str, model_path: str, roles: list
     assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id"}
 
 
-def test_auto_device_and_dtype() -> None:
-    device, dtype = cli.pick_device("auto", "auto")
-    assert dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    assert device.type in ("cuda", "mps", "cpu")
-    assert cli.pick_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize(
+    ("device", "capabilities", "stored", "want"),
+    [
+        ("cpu", {"avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16, torch.bfloat16),
+        ("cpu", {"neon": True, "bf16": True}, torch.bfloat16, torch.bfloat16),
+        ("cpu", {"avx512_f": True, "avx512_bf16": False}, torch.bfloat16, torch.float32),
+        ("cpu", {"avx512_bf16": True}, torch.float32, torch.float32),
+        ("cpu", {"avx512_bf16": True}, None, torch.float32),
+        ("mps", {}, torch.bfloat16, torch.bfloat16),
+        ("mps", {}, torch.float32, torch.float32),
+        ("cuda", {}, torch.float32, torch.bfloat16),
+    ],
+)
+def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: Any, want: torch.dtype) -> None:
+    """bfloat16 where it is the checkpoint's and the device multiplies it natively."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert cli.pick_dtype(torch.device(device), stored) == want
+
+
+def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    shutil.copytree(CHECKPOINT, tmp_path / "half")
+    file = tmp_path / "half" / "config.json"
+    file.write_text(file.read_text().replace('"torch_dtype": "float32"', '"torch_dtype": "bfloat16"'))
+    for path, want in ((CHECKPOINT, torch.float32), (tmp_path / "half", torch.bfloat16)):
+        config = cli.ModelConfig(model_path=str(path), device="cpu")
+        assert cli.load_model(config).dtype == want
+    assert cli.load_config("demo/checkpoint").dtype == torch.float32  # what its card's figures were measured in
+    assert cli.pick_device("cpu", "bfloat16", torch.float32) == (torch.device("cpu"), torch.bfloat16)

@@ -67,7 +67,7 @@ class MultiModalityConfig(PretrainedConfig):
         given = {name: kwargs.pop(name, None) or {} for name in self.components}
         if not isinstance(language_config, LlamaConfig):
             language_config = LlamaConfig(**(language_config or {}))
-        # These shape what a forward pass returns, not what the model is; LlamaForCausalLM and generate expect the usual.
+        # These shape what a forward pass returns, not what the model is, and generate expects the usual.
         language_config.return_dict = True
         language_config.output_hidden_states = language_config.output_attentions = False
         self.language_config = language_config
