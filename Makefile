@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo test lint test-floor clean
+.PHONY: demo test lint test-floor test-interop clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py compare=true trace=outputs
@@ -19,6 +19,10 @@ lint: .venv/installed
 test-floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest tests/dola
 
+# Quantized, adapted, offloaded and compiled models, with the packages that make them.
+test-interop: .venv-interop/installed
+	.venv-interop/bin/python -m pytest tests/dola/test_interop.py
+
 .venv/installed: constraints.txt pyproject.toml
 	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
 	touch $@
@@ -27,5 +31,9 @@ test-floor: .venv-floor/installed
 	$(VENV_PIP) constraints-floor.txt --editable '.[test]'
 	touch $@
 
+.venv-interop/installed: constraints.txt pyproject.toml
+	$(VENV_PIP) constraints.txt --editable '.[interop]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor
+	rm -rf .venv .venv-floor .venv-interop

@@ -59,7 +59,7 @@ class Call:
         ids = [given for name in ("input_ids", "inputs") if (given := self.get(name)) is not None]
         self.rows = next((len(given) for given in (embeds, *ids) if isinstance(given, Tensor)), None)
         if embeds is not None:
-            shape, d = list(getattr(embeds, "shape", ())), model.get_input_embeddings().embedding_dim
+            shape, d = list(getattr(embeds, "shape", ())), model.config.get_text_config().hidden_size
             if not isinstance(embeds, Tensor) or len(shape) != 3 or 0 in shape or shape[2] != d:
                 raise ValueError(f"inputs_embeds must be a tensor [rows, T, {d}], rows and T at least 1, got {shape}")
             # ids beside the embeddings are more to mask

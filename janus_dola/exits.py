@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # What a call leaves on a model for the next one: compiled functions and caches, bound to that model.
-OF_CALLS = ("_compiled_call", "_compiled_call_impl", "_last_compile_config", "_cache", "_previous_max_cache_length")
+OF_CALLS = ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length")
 
 
 def generating_model(model: Any) -> Any:
@@ -24,8 +24,12 @@ def generating_model(model: Any) -> Any:
     Raises:
         ValueError: There is none, or not one whose layers can be tapped.
     """
-    modules: Any = getattr(model, "modules", tuple)()
+    modules: Any = model.modules() if isinstance(model, nn.Module) else ()
     found = next((m for m in modules if isinstance(m, PreTrainedModel) and m.can_generate()), None)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model must take its prompt as it is, got {type(model).__name__} with a learned one before it"
+        )
     if found is None:
         raise ValueError(f"model must be or hold a transformers model that generates, got {type(model).__name__}")
     decoder = found.get_decoder() if hasattr(found, "get_decoder") else None
@@ -128,6 +132,8 @@ class ExitView:
             module = module._modules[name]  # type: ignore[assignment]
             if module not in self._copies:
                 self._copies[module] = shallow_copy(module)
+            if name == "_orig_mod":  # of torch.compile(module): run the copy of what it was made of
+                copy.__dict__["forward"] = self._copies[module].__call__
             copy._modules[name] = copy = self._copies[module]
         return copy
 
@@ -142,7 +148,7 @@ class ExitView:
             (module, name, key, id(item))
             for module in self._copies
             for name, value in vars(module).items()
-            if name not in OF_CALLS
+            if name not in OF_CALLS and not isinstance(value, Tensor)  # which calls keep, too: Qwen2-VL its rope_deltas
             for key, item in (value.items() if isinstance(value, dict) else [(None, value)])
         }
 

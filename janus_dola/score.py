@@ -53,8 +53,9 @@ def score(
     """
     model = generating_model(self.model)
     embed = model.get_input_embeddings()
+    V = model.config.get_text_config().vocab_size
     prompt, mask, ids, known = _check(
-        embed, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
+        embed, V, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
     )
     layers, candidates, alpha = by_row([self.config] if configs is None else configs, self.num_layers)
     candidates, alpha = candidates.to(ids.device), alpha.to(ids.device, torch.float32)
@@ -63,7 +64,7 @@ def score(
 
     result = torch.zeros(len(alpha), *ids.shape, device=ids.device)  # [configs, rows, T]
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // (embed.num_embeddings * (1 + len(layers))))
+        chunk_size = max(1, CHUNK_ELEMENTS // (V * (1 + len(layers))))
     rows, positions = known.nonzero(as_tuple=True)  # [n]
     hidden = _forward(model, layers, prompt, mask, ids, known)  # [n, J + 1, d]
     for start in range(0, len(rows), chunk_size):
@@ -89,7 +90,13 @@ def _readout(model: Any) -> Callable[[Tensor], Tensor]:
 
     view = ExitView(model)
     view.own(path_to(model.get_decoder(), model)).forward = hand_on
-    return lambda hidden: view.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+
+    def phi(hidden: Tensor) -> Tensor:
+        # Without positions, Qwen2-VL would work them out from the rows of its own last call.
+        positions = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return view.model(inputs_embeds=hidden, position_ids=positions, use_cache=False, return_dict=True).logits
+
+    return phi
 
 
 def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, known: Tensor) -> Tensor:
@@ -107,15 +114,17 @@ def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, 
     cache = None
     if len(prompt) < rows and prompt.shape[1] > 1:  # shared by all rows: it runs once, but for its last position
         P = prompt.shape[1] - 1
-        cache = model.get_decoder()(
+        shared = model.get_decoder()(
             inputs_embeds=prompt[:, :P],
             attention_mask=mask[:1, :P],
             position_ids=positions[:1, :P],
             use_cache=True,
             return_dict=True,
         ).past_key_values
-        cache.batch_repeat_interleave(rows)
-        prompt, positions = prompt[:, P:], positions[:, P:]
+        if hasattr(shared, "batch_repeat_interleave"):  # transformers 4's cache of Gemma2 has no such method
+            cache = shared
+            cache.batch_repeat_interleave(rows)
+            prompt, positions = prompt[:, P:], positions[:, P:]
     embeds = torch.cat([prompt.expand(rows, -1, -1), new.to(prompt)], dim=1)  # [rows, P + T - 1, d]
     last = decoder(
         inputs_embeds=embeds,
@@ -132,6 +141,7 @@ def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, 
 
 def _check(
     embed: Any,
+    V: int,
     inputs_embeds: Tensor | None,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
@@ -149,7 +159,6 @@ def _check(
         raise ValueError(f"apc_floor must be a log-probability, at most 0, got {apc_floor}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    V = embed.num_embeddings
 
     if inputs_embeds is None:
         assert input_ids is not None  # for mypy

@@ -84,10 +84,10 @@ class DoLaJanusWrapper:
     def __init__(self, model: Any, config: DoLaConfig | None = None) -> None:
         if config is not None and not isinstance(config, DoLaConfig):
             raise ValueError(f"config must be a DoLaConfig, got {type(config).__name__}")
-        generating = generating_model(model)
+        self.model: Any = model.model if isinstance(model, DoLaJanusWrapper) else model
+        generating = generating_model(self.model)
         if type(generating).generate is not GenerationMixin.generate and generating.config.model_type != "janus":
             raise ValueError(f"model must use GenerationMixin.generate, got {type(generating).__name__} with its own")
-        self.model = model
         self.config = config or DoLaConfig()
         self.config.resolve_layers(self.num_layers)  # fail here rather than in the first call
         self._compiled: dict[tuple[Any, ...], list[ExitView]] = {}
