@@ -27,12 +27,13 @@ from tqdm import tqdm
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-from janus_dola.cli import DTYPES, as_list, main, pick_device, read_config
 from janus_dola.config import DoLaConfig, by_row
 from janus_dola.exits import ExitView
+from janus_dola.programs.checkpoint import load_model, pick_device
+from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper, DoLaLogitsProcessor
 
-ROOT = Path(__file__).parents[1]
+DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 ALPHA = 0.1
 # The language models of Janus-Pro: layers, hidden size, intermediate size, heads, words. Their weights are random here.
 SHAPES = {
@@ -47,7 +48,7 @@ class Options:
     """The command line. Lists are combined with each other.
 
     Attributes:
-        shape: demo (the demo checkpoint, or the golden one where there is none), 1b, 7b, tiny.
+        shape: demo (the demo checkpoint), 1b, 7b, tiny.
         batch, beams: Sequences, and beams of each.
         compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is of the same kind.
         layers: J, the number of candidate layers.
@@ -183,12 +184,9 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The language model of a shape: the demo's, or one with random weights, made in place in its dtype."""
     model: Any
     if shape == "demo":
-        from janus.models import MultiModalityCausalLM
-
-        logging.disable_progress_bar()
-        folder = ROOT / "demo" / "checkpoint"
-        folder = folder if folder.is_dir() else ROOT / "tests" / "golden" / "tiny_janus"
-        model = MultiModalityCausalLM.from_pretrained(folder, dtype=dtype).language_model.to(device).eval()
+        dtype_name = str(dtype).removeprefix("torch.")
+        demo = ModelConfig(model_path=str(DEMO), device=str(device), dtype=dtype_name)
+        model = load_model(demo).language_model
     else:
         num_layers, hidden, intermediate, heads, words = SHAPES[shape]
         config = LlamaConfig(
@@ -481,4 +479,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_program(run)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
-from transformers.utils import logging
 
-from benchmarks.latency import ROOT, at_least, machine
-from janus.models import MultiModalityCausalLM, VLChatProcessor
+from benchmarks.latency import at_least, machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
-from janus_dola.cli import main, read_config
+from janus_dola.programs.checkpoint import load
+from janus_dola.programs.options import ModelConfig, read_config, run_program
 
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tiny_janus"
 KINDS = ("off", "on", "trace", "beams", "stream")
 
 
@@ -37,7 +37,7 @@ class Options:
         threads: Of PyTorch on the CPU; 0 leaves them as they are.
     """
 
-    model_path: str = str(ROOT / "tests" / "golden" / "tiny_janus")
+    model_path: str = str(GOLDEN)
     generations: int = 2000
     warm_up: int = 200
     tokens: int = 4
@@ -82,9 +82,8 @@ def run(argv: Sequence[str]) -> None:
     options = read_config(Options, argv, None)
     if options.threads:
         torch.set_num_threads(options.threads)
-    logging.disable_progress_bar()
-    model = MultiModalityCausalLM.from_pretrained(options.model_path, dtype=torch.float32).eval()
-    tokenizer = VLChatProcessor.from_pretrained(options.model_path).tokenizer
+    loaded, processor = load(ModelConfig(model_path=options.model_path, device="cpu", dtype="float32"))
+    model, tokenizer = loaded.model, processor.tokenizer
     wrappers = {use: DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=use)) for use in (False, True)}
     generator = torch.Generator().manual_seed(0)
     width = model.language_model.config.hidden_size
@@ -118,4 +117,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_program(run)

@@ -29,8 +29,8 @@ from benchmarks.latency import (
     synchronize,
 )
 from janus_dola import wrapper
-from janus_dola.cli import main, read_config
 from janus_dola.exits import ExitView
+from janus_dola.programs.options import read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper
 
 # What is timed: functions that a step calls one after the other, none from within another.
@@ -158,4 +158,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_program(run)

@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from benchmarks.latency import machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.batch import fingerprint
-from janus_dola.calibrate import BASELINE, interval, read_results
-from janus_dola.cli import first_line, main, read_config
 from janus_dola.dola_runtime import candidates_in_bucket
+from janus_dola.programs.calibrate import BASELINE, interval
+from janus_dola.programs.options import first_line, read_config, run_program
+from janus_dola.programs.prompts import fingerprint
+from janus_dola.programs.results import Results
 
 MEASURES = ("MC1", "MC2", "MC3")
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
@@ -232,27 +233,21 @@ def run(argv: Sequence[str]) -> None:
     questions = read_questions(options.data)[: options.limit or None]
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    saved = out.with_name(out.name + ".jsonl")
     # Results are kept by line number. `limit` may grow from run to run: the questions answered stay.
-    settings = {"data": fingerprint(options.data), "model": options.model}
-    done = read_results(saved, settings)
+    settings = {"data": fingerprint(options.data, "data"), "model": options.model}
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load(options.model)
     configs = configurations(model.num_layers)
-    with saved.open("a", encoding="utf-8") as file:
-        if saved.stat().st_size == 0:
-            file.write(json.dumps({"settings": settings}) + "\n")
+    with Results(out.with_name(out.name + ".jsonl"), settings) as results:
         for number, question in enumerate(tqdm(questions, desc="questions", disable=None), 1):
-            if number not in done:
-                done[number] = ask(model, tokenizer, question, configs)
-                file.write(json.dumps({"line": number, "results": done[number]}) + "\n")
-                file.flush()
+            if number not in results.lines:
+                results.write([{"id": number, "results": ask(model, tokenizer, question, configs)}])
     document: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.truthfulqa", *argv]),
         "machine": machine(torch.device("cpu")),
         "questions": len(questions),
-        "table": summarise([done[number] for number in range(1, len(questions) + 1)]),
+        "table": summarise([results.lines[number]["results"] for number in range(1, len(questions) + 1)]),
     }
     out.with_name(out.name + ".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     out.with_name(out.name + ".md").write_text(markdown(document), encoding="utf-8")
@@ -260,4 +255,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_program(run)

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from demo.scenes import Example, examples
 from demo.train import conversation
-from janus.models import MultiModalityCausalLM, VLChatProcessor
+from janus.models import VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs.checkpoint import load
+from janus_dola.programs.options import ModelConfig
 
 ALPHAS = (0.05, 0.1, 0.3)
 BUCKETS = (0, 1, 2)
@@ -83,8 +85,8 @@ def share(right: Sequence[bool]) -> str:
 
 def tables(model_path: str, questions: int, dola: bool) -> str:
     """The tables of the model card: exact answers with DoLa off, then with each bucket and alpha."""
-    processor = VLChatProcessor.from_pretrained(model_path)
-    model = MultiModalityCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    loaded, processor = load(ModelConfig(model_path=model_path, device="cpu", dtype="float32"))
+    model = loaded.model
     pairs = list(examples("test", 0, questions))
     settings = list(product(BUCKETS, ALPHAS)) if dola else []
     with tqdm(total=questions * (1 + len(settings)), unit="question", file=sys.stderr, disable=None) as bar:

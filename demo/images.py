@@ -15,13 +15,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from demo.evaluate import answers
 from demo.scenes import COLOURS, KINDS, PRESENCES, Item, Question, Scene, Thing, ask, sample_scene
-from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs.checkpoint import load
+from janus_dola.programs.options import ModelConfig
 
 SIDE = 256
 
@@ -92,9 +91,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     options = parser.parse_args(None if arguments is None else list(arguments))
     if not (Path(options.model) / "config.json").is_file():
         parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
-    model = MultiModalityCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    wrapper = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False))
-    processor = VLChatProcessor.from_pretrained(options.model)
+    wrapper, processor = load(ModelConfig(model_path=options.model, device="cpu", dtype="float32", use_dola_lm=False))
     options.out.mkdir(parents=True, exist_ok=True)
     table = {}
     for seed, (name, (scene, image)) in enumerate(pictures().items()):

@@ -12,10 +12,16 @@ import pytest
 import torch
 from conftest import CASES, CHECKPOINT, GOLDEN
 
-import inference_dola
 from janus.models import VLChatProcessor
-from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
-from janus_dola.batch import Output, Prompt, read_prompts, run_batch
+from janus.utils.io import load_pil_images
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola.programs import answer as answer_program
+from janus_dola.programs import checkpoint
+from janus_dola.programs.options import run_program
+from janus_dola.programs.prompts import Prompt, read_prompts
+from janus_dola.programs.results import Results
+
+ROOT = Path(__file__).parents[1]
 
 IMAGES = GOLDEN / "expected" / "images"
 ROLES = ["<|User|>", "<|Assistant|>"]
@@ -63,10 +69,10 @@ def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
         prompts, errors = read_prompts(path, processor, model.config.language_config, dola, ROLES)
         generation = {"max_new_tokens": 12, "do_sample": False} | how
         wrapper = DoLaJanusWrapper(model, dola)
-        with Output(tmp_path / name, {}, errors) as output:
-            run_batch(
-                wrapper, processor, prompts, output, generation, batch_size=batch_size, seed=seed, compare=compare
-            )
+        how: Any = {"batch_size": batch_size, "seed": seed, "compare": compare}
+        with Results(tmp_path / name, {}) as results:
+            results.write(errors)
+            answer_program.write_answers(wrapper, processor, prompts, results, generation, **how)
         assert wrapper.config == dola
         return read(tmp_path / name)
 
@@ -162,12 +168,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "tags": ({"id": "x6", "question": "<image_placeholder> Q"}, "got 0 for 1"),
     "too long": ({"id": "x7", "question": "word " * 16384}, "too long: the prompt's"),
     "duplicate": (TEXT | {"id": "good 1"}, "id must be of one line alone, got 'good 1' on line 11 and on line 1"),
-    "bad id": (TEXT | {"id": [1]}, "id must be a text or a whole number, got [1]"),
+    "bad id": (TEXT | {"id": [1]}, "id must be a string or an integer, got [1]"),
     "alpha": (TEXT | {"id": "x8", "alpha": 2}, "alpha must be in [0, 1], got 2.0"),
     "alpha's type": (TEXT | {"id": "x9", "alpha": "high"}, "alpha: Value 'high'"),
     "layer": (TEXT | {"id": "x10", "candidate_layers": [31]}, "must be in 1...30, the model's layers, got 31"),
     "interpolation": (TEXT | {"id": "x11", "alpha": "${oc.env:HOME}"}, "must not use an interpolation"),
-    "question's type": ({"id": "x12", "question": 5}, "question must be a text, got 5"),
+    "question's type": ({"id": "x12", "question": 5}, "question must be a string, got 5"),
     "images' type": ({"id": "x13", "question": "Q", "images": "a.png"}, "images must be a list"),
     "conversation's type": ({"id": "x14", "conversation": "Hi"}, "conversation must be a list of turns"),
     "a turn": ({"id": "x15", "conversation": [{"content": 5}]}, "turn 1 must have content"),
@@ -180,25 +186,25 @@ def test_bad_lines_are_errors_and_the_rest_is_answered(tmp_path: Path, capsys: A
     names.insert(9, names.pop(names.index("duplicate")))
     bad = [BAD[name][0] for name in names]
     write(tmp_path / "prompts.jsonl", [good[0], *bad, "", *good[1:]])
-    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=3")) == 1
+    assert answer_program.run(cli_arguments(tmp_path, "batch_size=3")) == 1
     assert f"{len(BAD)} of {len(BAD) + 3} prompts are errors" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(lines) == len(BAD) + 3
     answers = {line["id"]: line for line in lines if "error" not in line}
     errors = [(line["id"], line["error"]) for line in lines if "error" in line]
     for number, (name, given) in enumerate(zip(names, bad, strict=True), 2):
-        own = given.get("id") if isinstance(given, dict) else None
+        own = given.get("id") if isinstance(given, dict) and name != "duplicate" else None
         own = own if isinstance(own, str) else f"line {number}"
         assert [BAD[name][1] in error for key, error in errors if key == own] == [True], name
 
     write(tmp_path / "good.jsonl", [good[0] | {"id": "good 1"}, TALL | {"id": f"line {len(BAD) + 3}"}, good[2]])
     (tmp_path / "alone").mkdir()
-    assert inference_dola.run([*cli_arguments(tmp_path, prompts="good.jsonl"), f"output={tmp_path / 'alone/out'}"]) == 0
+    assert answer_program.run([*cli_arguments(tmp_path, prompts="good.jsonl"), f"output={tmp_path / 'alone/out'}"]) == 0
     assert read(tmp_path / "alone/out") == answers
 
     # A run that has nothing left to do says the same, and adds nothing.
     before = (tmp_path / "out.jsonl").read_bytes()
-    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=2")) == 1
+    assert answer_program.run(cli_arguments(tmp_path, "batch_size=2")) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -207,13 +213,13 @@ def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(t
     write(tmp_path / "prompts.jsonl", [*lines, "broken", TALL, WIDE | {"images": ["nowhere.png"]}])
     more = ["batch_size=2"]
     whole = tmp_path / "whole.jsonl"
-    assert inference_dola.run([*cli_arguments(tmp_path, *more), f"output={whole}"]) == 1
+    assert answer_program.run([*cli_arguments(tmp_path, *more), f"output={whole}"]) == 1
     out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
     processes = multiprocessing.get_context("forkserver")  # imports once
     processes.set_forkserver_preload(["inference_dola"])
     counts = []
     for wanted in (0, 1, 4, 11, 18):  # lines there when it is killed; 0: as soon as the settings are
-        process = processes.Process(target=inference_dola.run, args=[cli_arguments(tmp_path, *more)])
+        process = processes.Process(target=answer_program.run, args=[cli_arguments(tmp_path, *more)])
         process.start()
         deadline = time.monotonic() + 60
         while not beside.exists() or (wanted and out.read_bytes().count(b"\n") < wanted):
@@ -226,24 +232,36 @@ def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(t
     assert counts == sorted(counts) and counts[-1] < len(lines) + 3 and len(set(counts)) > 3
     # a line cut short, as by a full disk
     out.write_bytes(out.read_bytes()[:-9])
-    assert inference_dola.run(cli_arguments(tmp_path, *more)) == 1
+    assert answer_program.run(cli_arguments(tmp_path, *more)) == 1
     assert read(out) == read(whole) and len(read(out)) == len(lines) + 3
 
 
 def test_an_output_cut_at_any_byte_is_repaired(tmp_path: Path) -> None:
-    errors = [{"id": "a", "error": "id must be of one line alone"}, {"id": "line 2", "error": "not JSON"}]
-    answers = [{"id": "a", "text": "£\n\u2028", "tokens": 2, "layers": [1, 2]}, {"id": 2, "error": "no file"}]
+    lines = [{"id": "a", "text": "£\n\u2028", "tokens": 2, "layers": [1, 2]}, {"id": 2, "error": "no file"}]
     path = tmp_path / "out.jsonl"
-    with Output(path, {"alpha": 0.1}, errors) as output:
-        assert (output.write(answers), output.write(answers), output.done, output.failed) == (2, 0, {"a", 2}, 3)
+    with Results(path, {"alpha": 0.1}) as results:
+        assert (results.write(lines), results.write(lines), list(results.lines)) == (2, 0, ["a", 2])
     data = path.read_bytes()
     for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
-        with Output(path, {"alpha": 0.1}, errors) as output:
+        with Results(path, {"alpha": 0.1}) as results:
             kept = data[:cut].count(b"\n")
-            assert output.done == {answer["id"] for answer in answers[: max(0, kept - 2)]}
-            assert output.write(answers) == min(2, 4 - kept)
+            assert list(results.lines.values()) == lines[:kept]
+            assert results.write(lines) == 2 - kept
         assert path.read_bytes() == data
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Two at once wrote every line twice."""
+    write(tmp_path / "prompts.jsonl", [TEXT])
+    path = tmp_path / "out.jsonl"
+    with Results(path, {}) as results:
+        results.write([{"id": "line 1", "text": ""}])
+        with pytest.raises(ValueError, match=r"output: '.*out.jsonl' is being written by another run"):
+            answer_program.run(cli_arguments(tmp_path))
+        assert len(path.read_text().splitlines()) == 1
+    with pytest.raises(ValueError, match="results of other settings"):  # no longer locked
+        answer_program.run(cli_arguments(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -263,16 +281,16 @@ def test_an_output_cut_at_any_byte_is_repaired(tmp_path: Path) -> None:
 def test_other_settings_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], differs: str
 ) -> None:
-    monkeypatch.chdir(inference_dola.ROOT)
+    monkeypatch.chdir(ROOT)
     write(tmp_path / "prompts.jsonl", ["broken"])  # needs no weights
     other = str(write(tmp_path / "other.jsonl", ["broken too"]))
-    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
-    assert inference_dola.run(cli_arguments(tmp_path)) == 1
+    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
+    assert answer_program.run(cli_arguments(tmp_path)) == 1
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"holds answers of other settings") as error:
-        inference_dola.run(cli_arguments(tmp_path, *(item.replace("PROMPTS", other) for item in more)))
+    with pytest.raises(ValueError, match=r"holds results of other settings") as error:
+        answer_program.run(cli_arguments(tmp_path, *(item.replace("PROMPTS", other) for item in more)))
     assert differs in str(error.value)
-    assert inference_dola.run(cli_arguments(tmp_path, "batch_size=3", "device=auto", "dtype=float32")) == 1
+    assert answer_program.run(cli_arguments(tmp_path, "batch_size=3", "device=auto", "dtype=float32")) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -297,8 +315,8 @@ def test_other_settings_are_refused(
         (["BOTH", "candidate_layers=[31]"], "must be in 1...30, the model's layers, got 31"),
         (["prompts=nowhere", "output=a.jsonl"], "prompts must name a file that can be read, got 'nowhere'"),
         (["prompts=PROMPTS", "output=folder"], "output must name a file that can be written, got 'folder'"),
-        (["prompts=PROMPTS", "output=other.jsonl"], "'other.jsonl' is not a batch run's"),
-        (["prompts=PROMPTS", "output=PROMPTS"], "'prompts.jsonl' is not a batch run's"),
+        (["prompts=PROMPTS", "output=other.jsonl"], "'other.jsonl' is not a run's"),
+        (["prompts=PROMPTS", "output=PROMPTS"], "'prompts.jsonl' is not a run's"),
     ],
     ids=lambda value: value[-1][:40] if isinstance(value, list) else "",
 )
@@ -315,10 +333,10 @@ def test_errors_are_one_line_before_the_weights_are_loaded(
         for argument in arguments
         for part in (both if argument == "BOTH" else [argument.replace("PROMPTS", "prompts.jsonl")])
     ]
-    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
     monkeypatch.setattr(sys, "argv", ["inference_dola.py", f"model_path={CHECKPOINT}", *given])
     with pytest.raises(SystemExit) as exit_:
-        cli.main(inference_dola.run)
+        run_program(answer_program.run)
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and message in err
@@ -376,16 +394,56 @@ def test_a_prompt_that_does_not_fit_alone_is_an_error_and_other_errors_are_not_h
     assert answers == ask(lines[1:], "3.jsonl")
 
 
-def test_batches_share_a_configuration_and_start_with_the_longest(tmp_path: Path, model: Any, processor: Any) -> None:
-    lines = [TEXT | {"id": 0}, WIDE | {"id": 1}, TEXT | {"id": 2, "alpha": 0.5}, TALL | {"id": 3, "alpha": 0.5}]
+def test_batches_start_with_the_longest_and_mix_configurations(
+    tmp_path: Path, model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [TEXT | {"id": 0}, WIDE | {"id": 1}, TEXT | {"id": 2, "alpha": 0.5}, TALL | {"id": 3, "use_dola_lm": False}]
     path = write(tmp_path / "prompts.jsonl", lines)
     prompts, errors = read_prompts(path, processor, model.config.language_config, DoLaConfig(), ROLES)
     assert errors == [] and all(isinstance(prompt, Prompt) for prompt in prompts)
     for prompt, line in zip(prompts, lines, strict=True):
-        images = inference_dola.load_pil_images(prompt.turns)
+        images = load_pil_images(prompt.turns)
         assert prompt.length == len(processor.process_one(conversations=prompt.turns, images=images)), line
-    with Output(tmp_path / "out.jsonl", {}) as output:
-        run_batch(
-            DoLaJanusWrapper(model), processor, prompts, output, {"max_new_tokens": 3, "do_sample": False}, batch_size=4
-        )
-    assert list(read(tmp_path / "out.jsonl")) == [1, 0, 3, 2]
+    encoded: list[int] = []
+    handle = model.vision_model.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    try:
+        with Results(tmp_path / "out.jsonl", {}) as results:
+            answer_program.write_answers(
+                DoLaJanusWrapper(model), processor, prompts, results, {"max_new_tokens": 3, "do_sample": False},
+                batch_size=3, compare=True,
+            )  # fmt: skip
+    finally:
+        handle.remove()
+    assert list(read(tmp_path / "out.jsonl")) == [3, 1, 0, 2]
+    assert encoded == [3, 1]  # an image of each prompt, whatever the number of its configurations
+
+
+def test_lines_with_an_answer_are_judged(tmp_path: Path) -> None:
+    """The forms of calibrate's data are prompts, too."""
+    scene = str(ROOT / "demo" / "images" / "scene.png")
+    asked = {"images": [scene], "question": "What color is the cross?"}
+    cross = ["The cross is red.", "The cross is yellow."]
+    lines: list[dict[str, Any]] = [
+        {
+            "id": "pope",
+            "question_id": 1,
+            "image": "scene.png",
+            "text": "Is there a circle in the image?",
+            "label": "no",
+        },
+        {"id": "pope, wrong", "image": "scene.png", "text": "Is there a circle in the image?", "label": "yes"},
+        asked | {"id": "answer", "answer": "the cross is YELLOW"},
+        asked | {"id": "answer, wrong", "answer": cross[0]},
+        asked | {"id": "choices", "choices": cross, "answer": 1},
+        asked | {"id": "choices, wrong", "choices": cross, "answer": 0},
+        asked | {"id": "none"},
+        asked | {"id": "broken", "choices": cross, "answer": 2},
+    ]
+    write(tmp_path / "prompts.jsonl", lines)
+    arguments = [f"prompts={tmp_path / 'prompts.jsonl'}", f"output={tmp_path / 'out.jsonl'}", "device=cpu"]
+    assert answer_program.run([*arguments, f"image_root={ROOT / 'demo' / 'images'}"]) == 1
+    answers = read(tmp_path / "out.jsonl")
+    assert "correct" not in answers["none"] and answers["none"]["text"] == cross[1]
+    assert answers.pop("broken")["error"] == "answer must be the index of a choice, 0 to 1, got 2"
+    right = {name: line["correct"] for name, line in answers.items() if name != "none"}
+    assert right == {name: "wrong" not in name for name in right} and len(right) == 6

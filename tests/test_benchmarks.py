@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import latency, profile_step
 from janus_dola import DoLaJanusWrapper
-from janus_dola.cli import read_config
+from janus_dola.programs.options import read_config
 
 TINY = ["shape=tiny", "batch=2", "layers=2", "prompt=9", "tokens=3", "device=cpu"]
 

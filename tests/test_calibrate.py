@@ -5,18 +5,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINT, GOLDEN
+import torch
+from conftest import CHECKPOINT, EOS, GOLDEN
 from omegaconf import OmegaConf
 
-from janus_dola import calibrate, cli
-from janus_dola.calibrate import BASELINE, choose, pope_measures, summarise, two_fold
+from janus.models import VLChatProcessor
+from janus.utils.io import load_pil_images
+from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs import answer as answer_program
+from janus_dola.programs import calibrate, checkpoint
+from janus_dola.programs.calibrate import BASELINE, choose, pope_measures, summarise, two_fold
+from janus_dola.programs.options import read_config, run_program
+from janus_dola.programs.prompts import Prompt, normalise, read_prompts, yes_or_no
 
 ROOT = Path(__file__).parents[1]
 IMAGES = GOLDEN / "expected" / "images"
 
 
-def outcome(off: list[int], on: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    questions = [{"form": "answer"} for _ in off]
+def outcome(off: list[int], on: list[int]) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    questions = [Prompt(i, [], DoLaConfig(), 1, "answer", "yes") for i in range(len(off))]
     results = [{BASELINE: {"correct": bool(a)}, "bucket 0": {"correct": bool(b)}} for a, b in zip(off, on, strict=True)]
     return questions, results
 
@@ -56,13 +63,13 @@ def test_pope_measures() -> None:
     assert pope_measures(said, truth) == pytest.approx(
         {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 5}
     )
-    assert calibrate.yes_or_no("No, there is no dog.") == "no"
-    assert calibrate.yes_or_no("Yes, there is.") == "yes"
+    assert yes_or_no("No, there is no dog.") == "no"
+    assert yes_or_no("Yes, there is.") == "yes"
 
 
 def test_normalise() -> None:
-    assert calibrate.normalise("  The red Circle. ") == calibrate.normalise("red circle")
-    assert calibrate.normalise("two") != calibrate.normalise("ten")
+    assert normalise("  The red Circle. ") == normalise("red circle")
+    assert normalise("two") != normalise("ten")
 
 
 LINES = [
@@ -91,7 +98,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate.run(arguments(folder, "two_fold=true"))
     out, err = capsys.readouterr()
-    assert [line.split(":")[0] for line in err.splitlines() if line.startswith("line ")] == [
+    assert sorted(line.split(":")[0] for line in err.splitlines() if line.startswith("line ")) == [
         "line 3",
         "line 4",
         "line 5",
@@ -102,20 +109,18 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     assert "two-fold" in out
     written = OmegaConf.load(folder / "mine.yaml")
     assert written.use_dola_lm == (report["winner"] != BASELINE)
-    import inference_dola
-
-    loaded = cli.read_config(inference_dola.InferenceConfig, [f"config={folder / 'mine.yaml'}"], inference_dola.DEFAULT)
+    loaded = read_config(answer_program.AnswerConfig, [f"config={folder / 'mine.yaml'}"])
     assert loaded.use_dola_lm == written.use_dola_lm
 
     saved = folder / "mine.results.jsonl"
     whole = saved.read_text()
-    saved.write_text("\n".join(whole.splitlines()[:3]) + '\n{"line": 7, "resu')  # stopped while it wrote line 7
+    saved.write_text("\n".join(whole.splitlines()[:2]) + '\n{"id": "line 7", "resu')  # stopped while it wrote line 7
     calibrate.run(arguments(folder, "two_fold=true"))
     assert saved.read_text() == whole
     assert json.loads((folder / "mine.json").read_text()) == report
     assert capsys.readouterr().out == out
 
-    monkeypatch.setattr(calibrate, "load_model", lambda config: pytest.fail("nothing is left to compute"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("nothing is left to compute"))
     calibrate.run(arguments(folder, "two_fold=true"))
     with pytest.raises(ValueError, match=r"other settings \(alphas was \[0.1\] and is \[0.3\]\)"):
         calibrate.run(arguments(folder, "alphas=[0.3]"))
@@ -141,8 +146,7 @@ def test_a_checkpoint_that_sees(tmp_path: Path, capsys: Any) -> None:
             lines.append({"images": images, "question": question["text"], "choices": choices, "answer": 1})
         elif question["kind"] == "where":
             lines.append({"images": images, "question": question["text"], "answer": answer})
-    forms = [calibrate.parse_line(json.dumps(line), "")["form"] for line in lines]
-    assert set(forms) == {"answer", "choices", "pope"} and {line.get("label") for line in lines} >= {"yes", "no"}
+    assert {line.get("label") for line in lines} >= {"yes", "no"}
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
     calibrate.run(
         [f"config={ROOT / 'configs' / 'default.yaml'}", f"model_path={demo / 'checkpoint'}", "device=cpu",
@@ -158,26 +162,43 @@ def test_a_checkpoint_that_sees(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_answers_are_those_of_generate_and_score(folder: Path, model: Any) -> None:
-    from janus.models import VLChatProcessor
-    from janus.utils.io import load_pil_images
-    from janus_dola import DoLaJanusWrapper
-
-    config = cli.read_config(calibrate.CalibrateConfig, arguments(folder), None)
-    judge = calibrate.Judge(DoLaJanusWrapper(model), VLChatProcessor.from_pretrained(CHECKPOINT), config)
-
-    def ask(line: Any) -> Any:
-        question = calibrate.parse_line(json.dumps(line), str(IMAGES))
-        turns = cli.build_conversation(config.roles, question["question"], question["images"])
-        return judge(question, turns, load_pil_images(turns))
-
-    result = ask(LINES[0])
-    texts = {name: row["text"] for name, row in result.items()}
-    assert len(set(texts.values())) > 1  # DoLa changes the answers of this checkpoint
-    assert all(row["logprob"] < 0 for row in result.values())
-    chosen = ask(LINES[2])
-    assert {len(row["scores"]) for row in chosen.values()} == {2}
-    for row in chosen.values():
-        assert row["correct"] == (row["scores"][0] >= row["scores"][1])
+    """Of each configuration by itself, one question at a time."""
+    calibrate.run(arguments(folder))
+    saved = [json.loads(line) for line in (folder / "mine.results.jsonl").read_text().splitlines()]
+    results = {line["id"]: line.get("results") for line in saved}
+    config = read_config(calibrate.CalibrateConfig, arguments(folder))
+    processor = VLChatProcessor.from_pretrained(CHECKPOINT)
+    language_config = model.config.language_config
+    prompts, _ = read_prompts(
+        config.data, processor, language_config, DoLaConfig(), config.roles, image_root=config.image_root
+    )
+    prompts = [prompt for prompt in prompts if prompt.id != "line 4"]  # its image is not there
+    assert {prompt.id for prompt in prompts} == results.keys() - {"line 4"} and len(prompts) == 4
+    texts = set()
+    for prompt in prompts:
+        inputs = processor(conversations=prompt.turns, images=load_pil_images(prompt.turns)).to("cpu", torch.float32)
+        embeds = model.prepare_inputs_embeds(**inputs)
+        for name, dola in config.configurations().items():
+            wrapper, result = DoLaJanusWrapper(model, dola), results[prompt.id][name]
+            if prompt.form != "choices":
+                ids = wrapper.generate(
+                    inputs_embeds=embeds, attention_mask=inputs.attention_mask, max_new_tokens=6, do_sample=False,
+                    eos_token_id=EOS, pad_token_id=EOS,
+                )  # fmt: skip
+                assert result["text"] == processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+                assert result["correct"] == prompt.is_right(result["text"])
+                texts.add((prompt.id, result["text"]))
+            choices = prompt.choices or ([prompt.answer] if prompt.form == "answer" else [])
+            means = []
+            for choice in choices:
+                ids = torch.tensor([processor.tokenizer.encode(" " + choice, add_special_tokens=False)])
+                means.append(wrapper.score(embeds, continuation_ids=ids).mean().item())
+            if prompt.form == "choices":
+                assert result["scores"] == pytest.approx(means, abs=1e-4)
+                assert result["correct"] == (means.index(max(means)) == prompt.answer)
+            elif prompt.form == "answer":
+                assert result["logprob"] == pytest.approx(means[0], abs=1e-4)
+    assert len(texts) > 3  # DoLa changes the answers of this checkpoint
 
 
 def test_strict_stops_at_the_first_bad_line(folder: Path) -> None:
@@ -189,15 +210,34 @@ def test_strict_stops_at_the_first_bad_line(folder: Path) -> None:
     ("line", "message"),
     [
         ({"question": "Q", "choices": ["a"], "answer": 0}, "choices must be a list of at least two"),
-        ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer must be the number of a choice, 0 to 1, got 2"),
-        ({"question": "Q", "answer": ""}, "answer must be a text"),
+        ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer must be the index of a choice, 0 to 1, got 2"),
+        ({"question": "Q", "answer": ""}, "answer must be a string"),
         ({"text": "Q", "label": "maybe"}, "label must be yes or no, got 'maybe'"),
-        (["Q"], "none of the forms"),
+        (["Q"], "a line must be a JSON object"),
+        ({"question": "Q"}, "the line must have an answer, or a label"),
+        ({"conversation": [{"content": "Q"}], "answer": "A"}, "answer must come with a question"),
+        ({"question": "Q", "anwser": "A"}, "unknown key 'anwser', did you mean 'answer'?"),
     ],
 )
-def test_bad_lines(line: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        calibrate.parse_line(json.dumps(line), ".")
+def test_bad_lines(folder: Path, capsys: Any, line: Any, message: str) -> None:
+    (folder / "val.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="data must hold at least one good line, got 1 bad ones"):
+        calibrate.run(arguments(folder))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["device=nonsense", "candidate_layers=[31]", "generation.eos_token_id=512"])
+def test_what_is_wrong_with_the_model_is_no_bad_line(folder: Path, capsys: Any, more: str) -> None:
+    """It was reported once for each line of the data."""
+    with pytest.raises(ValueError, match=more.split("=")[0]):
+        calibrate.run(arguments(folder, more))
+    assert capsys.readouterr().err == ""
+
+
+def test_stop_strings(folder: Path) -> None:
+    """They need the tokenizer, which calibrate did not pass."""
+    calibrate.run(arguments(folder, "generation.stop_strings=[e]"))
+    assert json.loads((folder / "mine.json").read_text())["table"]["off"]["questions"] == 4
 
 
 @pytest.mark.parametrize(
@@ -215,7 +255,7 @@ def test_bad_arguments(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["calibrate", *arguments(folder), *more])
     with pytest.raises(SystemExit) as exit_:
-        cli.main(calibrate.run)
+        run_program(calibrate.run)
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and err.count("\n") == 1
     import re

@@ -26,13 +26,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-import inference_dola
 from benchmarks import long_run
 from janus.models import MultiModalityCausalLM, VLChatProcessor, VLMImageProcessor
 from janus.utils.io import load_image, load_pil_images
-from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.dola_runtime import choose, log_softmax, read
 from janus_dola.exits import ExitView
+from janus_dola.programs import answer as answer_program
+from janus_dola.programs.options import run_program
 from janus_dola.wrapper import DoLaLogitsProcessor
 
 WIDE = GOLDEN / "expected" / "images" / "wide.png"
@@ -44,7 +45,7 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The command line's error: one line, and exit code 2."""
     monkeypatch.setattr(sys, "argv", ["inference_dola.py", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main(inference_dola.run)
+        run_program(answer_program.run)
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
@@ -57,27 +58,27 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--help"], "arguments must be written key=value, got '--help'"),
+        (["--hlep"], "arguments must be written key=value, got '--hlep'; --help shows the keys"),
         (
             ["generation.max_new_tokens=many"],
-            "generation.max_new_tokens must be a whole number of at least 1, got 'many'",
+            "generation.max_new_tokens must be an integer of at least 1, got 'many'",
         ),
-        (["generation.max_new_tokens=0"], "generation.max_new_tokens must be a whole number of at least 1, got 0"),
-        (["generation.num_beams=0"], "generation.num_beams must be a whole number of at least 1, got 0"),
-        (["generation.eos_token_id=a"], "generation.eos_token_id must be the number of a word, or some, got 'a'"),
+        (["generation.max_new_tokens=0"], "generation.max_new_tokens must be an integer of at least 1, got 0"),
+        (["generation.num_beams=0"], "generation.num_beams must be an integer of at least 1, got 0"),
+        (["generation.eos_token_id=a"], "generation.eos_token_id must be a token id or a list of them, got 'a'"),
         (
             ["generation.forced_eos_token_id=99999"],
             "generation.forced_eos_token_id must be below 512, the model's words",
         ),
         (["generation.pad_token_id=512"], "generation.pad_token_id must be below 512, the model's words, got 512"),
-        (["generation.forced_bos_token_id=a"], "generation.forced_bos_token_id must be the number of a word, or some"),
+        (["generation.forced_bos_token_id=a"], "generation.forced_bos_token_id must be a token id or a list of them"),
         (["generation.return_dict_in_generate=true"], "generation.return_dict_in_generate must be left off"),
         (["generation.watermarking_config={a: 1}"], "generation: WatermarkingConfig.__init__() got an unexpected"),
         (["generation.temperature=0", "generation.do_sample=true"], "`temperature` (=0) has to be a strictly positive"),
         (["generation.num_beams=2", "stream=true"], "`streamer` cannot be used with beam search"),
         (["generation.dola_layers=high"], "dola_layers must be left off with DoLa, got 'high'"),
         (["generation=[1]"], "generation: Cannot merge incompatible container types"),
-        (["seed=99999999999999999999"], "seed must be a whole number of 64 bits, got 99999999999999999999"),
+        (["seed=99999999999999999999"], "seed must be an integer of 64 bits, got 99999999999999999999"),
         (["candidate_layers=[1.5]"], "candidate_layers[0]: Value '1.5' of type 'float'"),
         (
             ["candidate_layers=[!!python/object/apply:os.mkdir [ran]]"],
@@ -107,7 +108,7 @@ def test_a_heatmap_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: A
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["x", *TEXT, "question=What?", f"trace={tmp_path}"])
     with pytest.raises(SystemExit, match="2"):
-        cli.main(inference_dola.run)
+        run_program(answer_program.run)
     out, err = capsys.readouterr()
     assert out and (tmp_path / "trace.jsonl").exists()  # the answer is not lost
     assert err == "error: DoLaTrace.heatmap needs matplotlib: pip install 'janus-dola[viz]'\n"
@@ -143,7 +144,7 @@ def test_config_files(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("5", "conversation must be a list of turns, got 5"),
         ("hello", "conversation must be a list of turns, got 'hello'"),
         ("{a: b}", "conversation must be a list of turns, got {'a': 'b'}"),
-        ("[[]]", "turn 1 must have content, a text, got []"),
+        ("[[]]", "turn 1 must have content, a string, got []"),
         ("[{content: x, role: System}]", "role of turn 1 must be one of ['<|User|>', '<|Assistant|>'], got 'System'"),
         ("[{content: x}, {content: '  '}, {content: '  '}]", "turn 3 must not be empty"),
         ("[{content: x, images: y.png}]", "images of turn 1 must be a list of paths or data URLs, got 'y.png'"),
@@ -468,9 +469,9 @@ def test_code_beside_the_weights_is_not_run(capsys: Any, monkeypatch: pytest.Mon
     for file, auto in (names | {"tokenizer_config": "AutoTokenizer"}).items():
         set_keys(f"{file}.json", auto_map={auto: "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(folder)
     monkeypatch.chdir(tmp_path)
-    inference_dola.run([*TEXT, "question=What?"])
+    answer_program.run([*TEXT, "question=What?"])
     want = capsys.readouterr().out
-    inference_dola.run([f"model_path={folder}", *TEXT[1:], "question=What?"])
+    answer_program.run([f"model_path={folder}", *TEXT[1:], "question=What?"])
     assert capsys.readouterr().out == want
     assert not (tmp_path / "ran").exists()
 

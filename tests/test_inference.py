@@ -14,8 +14,12 @@ import torch
 from conftest import CASES, CHECKPOINT, GOLDEN
 from omegaconf import OmegaConf
 
-import inference_dola
-from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, cli
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola.programs import answer as answer_program
+from janus_dola.programs import checkpoint
+from janus_dola.programs.options import DEFAULT, ModelConfig, read_config, run_program
+
+ROOT = Path(__file__).parents[1]
 
 IMAGES = GOLDEN / "expected" / "images"
 WIDE = ["model_path=" + str(CHECKPOINT), f"image={IMAGES / 'wide.png'}", "question=What is in the image?"]
@@ -24,7 +28,7 @@ GREEDY = CASES["single_wide"]["greedy_text"][0]
 
 
 def answer(capsys: Any, *arguments: str) -> str:
-    inference_dola.run([*WIDE, "device=cpu", SHORT, *arguments])
+    answer_program.run([*WIDE, "device=cpu", SHORT, *arguments])
     return capsys.readouterr().out.removesuffix("\n")
 
 
@@ -60,7 +64,7 @@ def test_image_as_list_as_data_url_and_in_a_conversation(capsys: Any) -> None:
         [f"image={url}", "question=<image_placeholder>\nWhat is in the image?"],
         ["conversation=" + json.dumps(turns)],
     ):
-        inference_dola.run([*base, *given])
+        answer_program.run([*base, *given])
         assert capsys.readouterr().out == GREEDY + "\n"
 
 
@@ -68,22 +72,20 @@ def test_multi_turn_and_text_only(capsys: Any) -> None:
     for case in ("multi_turn", "text_only"):
         turns = CASES[case]["conversations"][0][:-1]
         turns = [dict(turn, images=[str(GOLDEN / "expected" / i) for i in turn.get("images", [])]) for turn in turns]
-        inference_dola.run([WIDE[0], "device=cpu", SHORT, "use_dola_lm=false", "conversation=" + json.dumps(turns)])
+        answer_program.run([WIDE[0], "device=cpu", SHORT, "use_dola_lm=false", "conversation=" + json.dumps(turns)])
         assert capsys.readouterr().out == CASES[case]["greedy_text"][0].strip() + "\n"
 
 
 def test_question_is_taken_as_it_stands() -> None:
     for question in ("Is it red: yes?", "[1, 2]", "null", "50 % # of them", "What is ${HOME}?", "a=b", "{x"):
-        config = cli.read_config(inference_dola.InferenceConfig, ["question=" + question], inference_dola.DEFAULT)
+        config = read_config(answer_program.AnswerConfig, ["question=" + question])
         assert config.question == question
 
 
 def test_config_file_is_over_the_default_and_under_the_overrides(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("alpha: 0.4\nbucket_id: 1\ngeneration:\n  max_new_tokens: 7\n")
-    config = cli.read_config(
-        inference_dola.InferenceConfig, [f"config={file}", "bucket_id=0", "generation.top_k=3"], inference_dola.DEFAULT
-    )
+    config = read_config(answer_program.AnswerConfig, [f"config={file}", "bucket_id=0", "generation.top_k=3"], DEFAULT)
     assert (config.alpha, config.bucket_id) == (0.4, 0)
     assert config.generation == {"max_new_tokens": 7, "do_sample": False, "top_k": 3}
 
@@ -99,10 +101,10 @@ def test_generation_keys_seed_and_returned_sequences(capsys: Any) -> None:
 
 
 def test_defaults_answer_the_demo_question(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(inference_dola.ROOT)
-    inference_dola.run(["use_dola_lm=false"])
-    asked = json.loads((inference_dola.ROOT / "demo" / "images" / "questions.json").read_text(encoding="utf-8"))
-    answers = [q["answer"] for q in asked["scene.png"] if q["text"] == inference_dola.DEMO_QUESTION]
+    monkeypatch.chdir(ROOT)
+    answer_program.run(["use_dola_lm=false"])
+    asked = json.loads((ROOT / "demo" / "images" / "questions.json").read_text(encoding="utf-8"))
+    answers = [q["answer"] for q in asked["scene.png"] if q["text"] == answer_program.DEMO_QUESTION]
     assert capsys.readouterr().out == answers[0] + "\n"
 
 
@@ -152,11 +154,11 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
 def test_errors_are_one_line_before_the_weights_are_loaded(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(inference_dola, "load_model", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
     given = WIDE[:1] if any(a.startswith("conversation") for a in arguments) else WIDE
     monkeypatch.setattr(sys, "argv", ["inference_dola.py", *given, *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main(inference_dola.run)
+        run_program(answer_program.run)
     out, err = capsys.readouterr()
     assert exit_.value.code == 2
     assert (out, err.count("\n")) == ("", 1)
@@ -164,18 +166,18 @@ def test_errors_are_one_line_before_the_weights_are_loaded(
 
 
 def test_exit_code_and_stderr_of_the_real_command() -> None:
-    command = [sys.executable, str(inference_dola.ROOT / "inference_dola.py"), *WIDE, "alhpa=0.2"]
+    command = [sys.executable, str(ROOT / "inference_dola.py"), *WIDE, "alhpa=0.2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown key 'alhpa', did you mean 'alpha'?\n"
 
 
 def test_default_yaml_has_a_comment_for_every_key_and_the_dataclass_defaults() -> None:
-    lines = inference_dola.DEFAULT.read_text(encoding="utf-8").splitlines()
-    keys = [key for key in vars(inference_dola.InferenceConfig()) if key != "image"]
+    lines = DEFAULT.read_text(encoding="utf-8").splitlines()
+    keys = [key for key in vars(answer_program.AnswerConfig()) if key != "image"]
     for key in keys:
         assert any(re.match(rf"{key}:.*#", line) for line in lines), key
-    config = cli.read_config(inference_dola.InferenceConfig, [], inference_dola.DEFAULT)
+    config = read_config(answer_program.AnswerConfig, [])
     assert config.dola() == DoLaConfig()
 
 
@@ -188,8 +190,8 @@ def test_default_yaml_has_a_comment_for_every_key_and_the_dataclass_defaults() -
     ],
 )
 def test_configs_of_the_published_models(name: str, model_path: str, roles: list[str], layers: int) -> None:
-    file = inference_dola.ROOT / "configs" / f"{name}.yaml"
-    config = cli.read_config(inference_dola.InferenceConfig, [f"config={file}"], inference_dola.DEFAULT)
+    file = ROOT / "configs" / f"{name}.yaml"
+    config = read_config(answer_program.AnswerConfig, [f"config={file}"])
     assert (config.model_path, config.roles) == (model_path, roles)
     assert config.resolve_layers(layers) == {24: (18, 20, 22), 30: (22, 24, 26, 28)}[layers]
     assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id"}
@@ -212,7 +214,7 @@ def test_configs_of_the_published_models(name: str, model_path: str, roles: list
 def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: Any, want: torch.dtype) -> None:
     """bfloat16 where it is the checkpoint's and the device multiplies it natively."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert cli.pick_dtype(torch.device(device), stored) == want
+    assert checkpoint.pick_dtype(torch.device(device), stored) == want
 
 
 def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:
@@ -221,7 +223,7 @@ def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) ->
     file = tmp_path / "half" / "config.json"
     file.write_text(file.read_text().replace('"torch_dtype": "float32"', '"torch_dtype": "bfloat16"'))
     for path, want in ((CHECKPOINT, torch.float32), (tmp_path / "half", torch.bfloat16)):
-        config = cli.ModelConfig(model_path=str(path), device="cpu")
-        assert cli.load_model(config).dtype == want
-    assert cli.load_config("demo/checkpoint").dtype == torch.float32  # what its card's figures were measured in
-    assert cli.pick_device("cpu", "bfloat16", torch.float32) == (torch.device("cpu"), torch.bfloat16)
+        config = ModelConfig(model_path=str(path), device="cpu")
+        assert checkpoint.load_model(config).dtype == want
+    assert checkpoint.load_config("demo/checkpoint").dtype == torch.float32  # what its card's figures were measured in
+    assert checkpoint.pick_device("cpu", "bfloat16", torch.float32) == (torch.device("cpu"), torch.bfloat16)

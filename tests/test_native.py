@@ -21,9 +21,12 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-import inference_dola
 from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace, calibrate, cli
+from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola.programs import answer as answer_program
+from janus_dola.programs import calibrate, checkpoint
+from janus_dola.programs.options import ModelConfig, run_program
+from janus_dola.programs.prompts import build_conversation
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 IMAGES = DEMO.parent / "images"
@@ -70,7 +73,7 @@ def batch(images: list[Image.Image]) -> Any:
     roles = ("<|User|>", "<|Assistant|>")
     return processor.batchify(
         [
-            processor.process_one(conversations=cli.build_conversation(roles, question, [name]), images=[image])
+            processor.process_one(conversations=build_conversation(roles, question, [name]), images=[image])
             for (name, question), image in zip(QUESTIONS.items(), images, strict=True)
         ]
     )
@@ -149,7 +152,7 @@ def test_penalties_and_processors_of_the_caller_are_honoured(native: Any, inputs
 
 
 def run(capsys: Any, model_path: Path, *arguments: str) -> str:
-    inference_dola.run([f"model_path={model_path}", "device=cpu", "generation.max_new_tokens=40", *arguments])
+    answer_program.run([f"model_path={model_path}", "device=cpu", "generation.max_new_tokens=40", *arguments])
     return re.sub(r"0\.\d+ seconds", "seconds", capsys.readouterr().out)
 
 
@@ -203,10 +206,10 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
             (folder / file).unlink()
         theirs.save_pretrained(folder)
         assert not (folder / "preprocessor_config.json").exists()
-    ours = cli.load_processor(cli.ModelConfig(model_path=str(folder)))
+    ours = checkpoint.load_processor(ModelConfig(model_path=str(folder)))
     expected = VLChatProcessor.from_pretrained(published_path)
     images = [Image.open(file).convert("RGB") for file in sorted((GOLDEN / "expected" / "images").iterdir())]
-    turns = cli.build_conversation(["<|User|>", "<|Assistant|>"], "Is it a  ring? 中文", [""] * len(images))
+    turns = build_conversation(["<|User|>", "<|Assistant|>"], "Is it a  ring? 中文", [""] * len(images))
     given, wanted = (processor(conversations=turns, images=images) for processor in (ours, expected))
     assert given.input_ids.equal(wanted.input_ids) and given.input_ids[0, 0] == ours.tokenizer.bos_token_id
     assert given.pixel_values.equal(wanted.pixel_values)
@@ -258,7 +261,7 @@ def test_errors_are_one_line(
     given = [f"model_path={tmp_path / 'broken'}", "device=cpu", "question=What?", *arguments]
     monkeypatch.setattr(sys, "argv", ["inference_dola.py", *given])
     with pytest.raises(SystemExit) as exit_:
-        cli.main(inference_dola.run)
+        run_program(answer_program.run)
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and message in err
@@ -270,7 +273,7 @@ def test_a_head_of_its_own_is_kept_where_the_config_does_not_say(capsys: Any, fo
     config = json.loads((folder / "config.json").read_text())
     del config["tie_word_embeddings"]
     write(tmp_path / "hub" / "config.json", config)
-    model = cli.load_model(cli.ModelConfig(model_path=str(tmp_path / "hub"), device="cpu")).language_model
+    model = checkpoint.load_model(ModelConfig(model_path=str(tmp_path / "hub"), device="cpu")).language_model
     weights = load_file(folder / "model.safetensors")
     assert model.lm_head.weight.equal(weights["lm_head.weight"].float())
     assert not model.lm_head.weight.equal(model.get_input_embeddings().weight)

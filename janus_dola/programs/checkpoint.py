@@ -1,0 +1,181 @@
+"""Checkpoints: the one place that loads a model and its processor."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, JanusForConditionalGeneration
+from transformers.utils import logging
+
+from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
+from janus.models.processing_vlm import load_tokenizer
+from janus.utils.io import default_device
+from janus_dola.programs.options import TOKEN_IDS, ModelConfig, as_list, first_line
+from janus_dola.wrapper import DoLaJanusWrapper
+
+
+def pick_device(device: str, dtype: str, stored: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the config's words stand for; `stored` is the checkpoint's dtype.
+
+    Raises:
+        ValueError: The device is unknown, or not on this machine.
+    """
+    if device == "auto":
+        device = default_device().type
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()  # meta has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be auto, cpu, cuda or mps, and be there, got {device!r}: {first_line(error)}"
+        ) from error
+    return chosen, pick_dtype(chosen, stored) if dtype == "auto" else getattr(torch, dtype)
+
+
+def pick_dtype(device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """bfloat16 on cuda, and where a checkpoint of bfloat16 meets a device that multiplies it natively; else float32.
+
+    Args:
+        device: The device.
+        stored: What the checkpoint's config.json calls its dtype.
+    """
+    native = device.type in ("cuda", "mps")
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not before PyTorch 2.10
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if device.type == "cuda" or (native and stored == torch.bfloat16) else torch.float32
+
+
+class NativeJanus(nn.Module):
+    """transformers' `JanusForConditionalGeneration`, with the parts of the published model that the command lines use.
+
+    Args:
+        model: The model; it is the language model as well, for it generates text from embeddings.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.language_model = model
+        self.device, self.dtype = model.device, model.dtype
+
+    def prepare_inputs_embeds(
+        self, input_ids: Tensor, pixel_values: Tensor, images_seq_mask: Tensor, images_emb_mask: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """As `MultiModalityCausalLM.prepare_inputs_embeds`, [B, T, D]; see there for the arguments."""
+        images = self.language_model.model.get_image_features(pixel_values.flatten(0, 1)).pooler_output
+        inputs_embeds = self.language_model.get_input_embeddings()(input_ids)  # [B, T, D]
+        return inputs_embeds.masked_scatter(images_seq_mask[..., None], images[images_emb_mask.flatten(0, 1)])
+
+
+def load_config(path: str) -> Any:
+    """A checkpoint's `MultiModalityConfig`, of the published layout, or `JanusConfig`, of transformers' own.
+
+    Raises:
+        ValueError: It is no Janus checkpoint, or has no text decoder (LLaMA's default has 7 billion weights).
+    """
+    given, _ = MultiModalityConfig.get_config_dict(path)
+    if not isinstance(given, dict) or given.get("model_type") not in ("multi_modality", "janus"):
+        raise ValueError(
+            f"model_path {path!r} is no Janus checkpoint: its config.json has no model_type multi_modality or janus"
+        )
+    if given["model_type"] == "janus" and not isinstance(given.get("text_config"), dict):  # as MultiModalityConfig does
+        raise ValueError(f"config.json: text_config must be a mapping, got {given.get('text_config')!r}")
+    return AutoConfig.from_pretrained(path)
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The checkpoint's processor, after checking all that can be known without its weights.
+
+    Raises:
+        ValueError: There is no Janus checkpoint, or it lacks a layer of the DoLa keys or a word of `generation`.
+    """
+    path = config.model_path
+    folder = Path(path)
+    if not path:
+        raise ValueError("model_path must be a folder or a name on the hub, got ''")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model_path {path!r} is no checkpoint: it has no config.json")
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(
+            f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
+        )
+    with loading(path):
+        model_config = load_config(path)
+        language_config = model_config.get_text_config()
+        config.resolve_layers(language_config.num_hidden_layers)
+        words = language_config.vocab_size
+        for key in TOKEN_IDS:  # transformers would find out in the last step, or when the first row ends
+            for token in as_list(config.generation.get(key)):
+                if token is not None and token >= words:
+                    raise ValueError(f"generation.{key} must be below {words}, the model's words, got {token}")
+        if model_config.model_type == "multi_modality":
+            return VLChatProcessor.from_pretrained(path)
+        # Not transformers' JanusProcessor: it rounds the sizes of images differently, and may leave out the BOS.
+        vision = model_config.vision_config
+        settings, _ = VLMImageProcessor.get_image_processor_dict(path)
+        image_processor = VLMImageProcessor.from_dict(settings | {"image_size": vision.image_size})
+        num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        return VLChatProcessor(image_processor, load_tokenizer(path), num_image_tokens=num_image_tokens)
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Errors of reading a checkpoint, as a ValueError that names it: a broken file may raise anything in its parser."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise
+        raise ValueError(
+            f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def load_model(config: ModelConfig) -> Any:
+    """The checkpoint's model on its device, in eval mode.
+
+    Raises:
+        ValueError: A weight is missing, has another shape, or cannot be read.
+    """
+    device, dtype = pick_device(config.device, config.dtype, load_config(config.model_path).dtype)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of all weights would come before the one line that names the wrong one
+    try:
+        with loading(config.model_path):
+            if load_config(config.model_path).model_type == "janus":
+                return NativeJanus(load_native(config.model_path, dtype).to(device).eval())
+            return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_native(path: str, dtype: torch.dtype) -> Any:
+    """transformers' own Janus, except that a missing weight is an error, not a random tensor.
+
+    Raises:
+        ValueError: A weight is missing or has another shape.
+    """
+    loaded: Any = JanusForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, info = loaded
+    if wrong := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"model_path {path!r} lacks the weights {', '.join(wrong[:3])}{more}, or has them in another shape than "
+            "its config.json describes"
+        )
+    return model
+
+
+def load(config: ModelConfig) -> tuple[DoLaJanusWrapper, Any]:
+    """The wrapped model and its processor."""
+    processor = load_processor(config)
+    return DoLaJanusWrapper(load_model(config), config.dola()), processor

@@ -1,0 +1,219 @@
+"""The arguments of a program: `key=value` over files of defaults, `--help`, and one-line errors."""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from janus_dola.config import DoLaConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
+# In a wheel the package has the configs; in a checkout they lie beside it.
+CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
+DEFAULT = CONFIGS / "default.yaml"
+
+
+@dataclass
+class ModelConfig(DoLaConfig):
+    """Which model to run, where, and how: the keys that all command lines have.
+
+    Attributes:
+        model_path: A folder, or a name on the hub, in the published layout or that of transformers' own Janus.
+        roles: The names of user and assistant in the prompt.
+        device: `auto`, or a PyTorch device.
+        dtype: One of `DTYPES`; auto is what `pick_dtype` says.
+        seed: Of all sampling.
+        generation: Arguments of transformers' `generate`.
+    """
+
+    model_path: str = ""
+    roles: list[str] = field(default_factory=lambda: ["<|User|>", "<|Assistant|>"])
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if len(self.roles) != 2:
+            raise ValueError(f"roles must be two names, user and assistant, got {self.roles}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be an integer of 64 bits, got {self.seed}")
+
+    def dola(self) -> DoLaConfig:
+        return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
+
+
+def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEFAULT) -> T:
+    """`key=value` arguments over the file that `config=FILE` names over the default file, checked against `schema`.
+
+    Args:
+        schema: A dataclass; keys and types must be its own.
+        argv: The arguments. A key whose type is `str` takes its value as it stands, others are YAML. `--help` prints
+            what there is to know and exits.
+        default: A file with defaults. Keys of default.yaml that the schema does not have are those of other programs.
+
+    Raises:
+        ValueError: A file is missing or broken, a key is unknown, or a value is wrong.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(usage(schema, default))
+        sys.exit()
+    names = {key.name for key in fields(schema)}
+    foreign = (read_yaml(DEFAULT).keys() if default is not None else set()) - names  # keys of other programs
+    # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
+    text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
+    texts: dict[str, str] = {}
+    overrides: list[str] = []
+    files = [] if default is None else [default]
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise ValueError(f"arguments must be written key=value, got {argument!r}; --help shows the keys")
+        if key == "config":
+            files.append(Path(value))
+        elif key in text_keys:
+            texts[key] = value
+        else:
+            overrides.append(argument)
+    layers = [{key: v for key, v in read_yaml(file).items() if key not in foreign} for file in files]
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), *layers, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(config, resolve=False, structured_config_mode=None)  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, schema)) from error
+    except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
+        raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
+    merged: dict[str, Any] = {str(key): value for key, value in dict(values).items()}  # type: ignore[arg-type]
+    refuse_interpolations(merged)
+    return schema(**(merged | texts))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of keys. A `model_path` that is a folder is relative to the file, not to where the program runs.
+
+    Raises:
+        ValueError: It cannot be read, or is something else.
+    """
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    except OSError as error:
+        raise ValueError(f"config must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"config {str(path)!r} is not a YAML mapping: {first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config {str(path)!r} must be a YAML mapping, got a list")
+    keys = {str(key): value for key, value in loaded.items()}
+    if isinstance(keys.get("model_path"), str) and (path.parent / keys["model_path"]).is_dir():
+        keys["model_path"] = str((path.parent / keys["model_path"]).resolve())
+    return keys
+
+
+def usage(schema: type, default: Path | None) -> str:
+    """What --help prints: what the program does, with examples, then its keys with comments."""
+    text = inspect.getdoc(sys.modules[schema.__module__]) or ""
+    names = {key.name for key in fields(schema)}
+    lines, wanted = [], True
+    for line in default.read_text(encoding="utf-8").splitlines() if default is not None else ():
+        if key := re.match(r"(\w+):", line):
+            wanted = key[1] in names
+        if wanted or line.startswith("# ") or not line:
+            lines.append(line)
+    return "\n".join([text, "", *lines, "", inspect.getdoc(schema) or ""])
+
+
+def refuse_interpolations(value: Any, key: str = "") -> None:
+    """A configuration is data: `${oc.env:SECRET}` must not read the environment."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            refuse_interpolations(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            refuse_interpolations(item, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key} must not use an interpolation, got {value!r}")
+
+
+def explain(error: OmegaConfBaseException, schema: type) -> str:
+    """OmegaConf's error in one line, with the near miss of an unknown key."""
+    key = str(error.full_key or error.key or "")
+    names = [item.name for item in fields(schema)]
+    if key and re.split(r"[.\[]", key)[0] not in names:
+        return unknown_key(key, names)
+    return f"{key or 'config'}: {first_line(error)}"
+
+
+def unknown_key(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(names)}")
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a program: an error of the user's is one line on stderr and exit code 2."""
+    try:
+        sys.exit(run(sys.argv[1:]) or 0)
+    except (ValueError, OSError, ImportError) as error:  # a file that cannot be written, an extra not installed
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_generation(generation: Mapping[str, Any]) -> None:
+    """Refuses what `generate` does not take.
+
+    Raises:
+        ValueError: A key is unknown, or its value is of another type or out of range.
+    """
+    from transformers import GenerationConfig
+
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for key in generation:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = (
+                f", did you mean {'generation.' + near[0]!r}?" if near else ", transformers' generate does not take it"
+            )
+            raise ValueError(f"unknown key {'generation.' + key!r}{hint}")
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("generation.return_dict_in_generate must be left off: the answers alone are printed")
+    # transformers checks some of these too late, or divides by them.
+    for key in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        value = generation.get(key, 1)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"generation.{key} must be an integer of at least 1, got {value!r}")
+    for key in TOKEN_IDS:
+        for token in as_list(value := generation.get(key)):
+            if token is not None and (not isinstance(token, int) or token < 0):
+                raise ValueError(f"generation.{key} must be a token id or a list of them, got {value!r}")
+    try:
+        GenerationConfig(**generation)
+    except TypeError as error:
+        raise ValueError(f"generation: {first_line(error)}, got {dict(generation)}") from error

@@ -1,0 +1,266 @@
+"""Prompts: a conversation from arguments, or many from a file of JSON lines, with their answers if there are some."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from janus_dola.config import DoLaConfig
+from janus_dola.programs.options import explain, first_line, refuse_interpolations, unknown_key
+
+IMAGE_TAG = "<image_placeholder>"
+DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
+# What a line with an answer has beside the keys of any line, by form. POPE's images are named by file.
+FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
+KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS, "answer", "choices")
+POPE_KEYS = ("id", "question_id", "image", "text", "label", *DOLA_KEYS)
+
+
+@dataclass
+class Prompt:
+    """A good line.
+
+    Attributes:
+        id: Its own, or "line N".
+        turns: The conversation, as `build_conversation` gives it.
+        dola: The run's configuration, with the line's own keys over it.
+        length: Tokens of the prompt, with those of its images.
+        form: One of `FORMS`, or None where the line has no answer.
+        answer: The right answer: a string; of "pope" yes or no; of "choices" the index of one.
+        choices: The answers to choose from.
+    """
+
+    id: str | int
+    turns: list[dict[str, Any]]
+    dola: DoLaConfig
+    length: int
+    form: str | None = None
+    answer: Any = None
+    choices: tuple[str, ...] = ()
+
+    def is_right(self, text: str) -> bool:
+        """Whether a text gives the answer."""
+        if self.form == "pope":
+            return yes_or_no(text) == self.answer
+        return normalise(text) == normalise(self.choices[self.answer] if self.choices else self.answer)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and extra spaces, as SQuAD compares answers."""
+    text = re.sub(r"[^\w\s]", " ", text.lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def yes_or_no(text: str) -> str:
+    """What an answer to a POPE question says, as the benchmark reads it: "no" if it says no or not, else "yes"."""
+    words = re.sub(r"[.,]", " ", text.lower()).split()
+    return "no" if {"no", "not"} & set(words) else "yes"
+
+
+def read_prompts(
+    path: str | PathLike[str],
+    processor: Any,
+    language_config: Any,
+    dola: DoLaConfig,
+    roles: Sequence[str],
+    max_new_tokens: int = 1,
+    image_root: str = ".",
+    key: str = "prompts",
+) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The lines of a file of prompts. No image is opened yet.
+
+    Args:
+        path: JSON lines, each with `question` and, if it has some, `images`, or with `conversation`; or POPE's `text`
+            and `image`. Optionally with `id`, with keys of `DoLaConfig`, and with `answer`, with `choices` and one's
+            index as `answer`, or with POPE's `label`. Empty lines do not count.
+        processor: The checkpoint's.
+        language_config: The language model's; it limits layers and positions.
+        dola: For the keys that a line does not have.
+        roles: The names of user and assistant.
+        max_new_tokens: Positions to leave for the answer.
+        image_root: Folder of POPE's images.
+        key: What errors call the file.
+
+    Returns:
+        The good lines, and {"id", "error"} for each bad one.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    prompts: list[Prompt] = []
+    errors: list[dict[str, Any]] = []
+    seen: dict[str | int, int] = {}  # id -> its line
+    for number, line in enumerate(_read(path, key).splitlines(), 1):
+        if not line.strip():
+            continue
+        name: str | int = f"line {number}"
+        try:
+            given = _parse(line)
+            own = given.get("id", name)
+            if not isinstance(own, (str, int)) or isinstance(own, bool):
+                raise ValueError(f"id must be a string or an integer, got {own!r}")
+            if (first := seen.setdefault(own, number)) != number:
+                raise ValueError(f"id must be of one line alone, got {own!r} on line {number} and on line {first}")
+            name = own
+            answer = _answer(given, image_root)
+            turns = _turns(given, roles)
+            own_dola = _dola(given, dola, language_config.num_hidden_layers)
+            length = _length(turns, processor)
+            if length + max_new_tokens > language_config.max_position_embeddings:
+                raise ValueError(
+                    f"too long: the prompt's {length} tokens and {max_new_tokens} new ones (max_new_tokens) are more "
+                    f"than the model's {language_config.max_position_embeddings} positions"
+                )
+            prompts.append(Prompt(name, turns, own_dola, length, *answer))
+        except ValueError as error:
+            errors.append({"id": name, "error": str(error)})
+    return prompts, errors
+
+
+def _read(path: str | PathLike[str], key: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{key} must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
+
+
+def fingerprint(path: str | PathLike[str], key: str = "prompts") -> str:
+    """What stands for the contents of a file of prompts in a run's settings."""
+    return "sha256 " + hashlib.sha256(_read(path, key)).hexdigest()[:16]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(line)
+        json.dumps(given, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text to tokenize
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {first_line(error)}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"a line must be a JSON object, got {str(given)[:80]!r}")
+    return given
+
+
+def _answer(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...]]:
+    """Form, answer and choices of a line; a POPE line gets the keys of other lines."""
+    form = next((form for form, keys in FORMS.items() if keys <= given.keys()), None)
+    for key in given:
+        if key not in (allowed := POPE_KEYS if form == "pope" else KEYS):
+            raise ValueError(unknown_key(key, allowed))
+    if form is None and {"answer", "choices"} & given.keys():
+        raise ValueError("answer must come with a question, and choices with an answer")
+    answer, choices = given.get("answer"), given.get("choices")
+    if form == "pope":
+        answer = str(given["label"]).lower()
+        if answer not in ("yes", "no"):
+            raise ValueError(f"label must be yes or no, got {given['label']!r}")
+        given["question"] = given["text"]
+        given["images"] = [os.path.join(image_root, given["image"])] if given.get("image") else []
+    elif form == "choices":
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise ValueError(f"choices must be a list of at least two strings, got {choices!r}")
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise ValueError(f"answer must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
+    elif form == "answer" and not (isinstance(answer, str) and answer.strip()):
+        raise ValueError(f"answer must be a string, got {answer!r}")
+    return form, answer, tuple(choices or ())
+
+
+def _turns(given: Mapping[str, Any], roles: Sequence[str]) -> list[dict[str, Any]]:
+    question, images, conversation = (given.get(key) for key in ("question", "images", "conversation"))
+    if not isinstance(question, (str, type(None))):
+        raise ValueError(f"question must be a string, got {question!r}")
+    if not isinstance(images or [], list) or not all(isinstance(image, str) for image in images or []):
+        raise ValueError(f"images must be a list of paths or data URLs, got {images!r}")
+    if not isinstance(conversation, (list, type(None))):
+        raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
+    return build_conversation(roles, question, images or [], conversation)
+
+
+def _dola(given: Mapping[str, Any], dola: DoLaConfig, num_layers: int) -> DoLaConfig:
+    own = {key: given[key] for key in DOLA_KEYS if key in given}
+    refuse_interpolations(own)
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(dola), own))
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, DoLaConfig)) from error
+    dola = DoLaConfig(**merged)  # type: ignore[arg-type]
+    dola.resolve_layers(num_layers)
+    return dola
+
+
+def _length(turns: list[dict[str, Any]], processor: Any) -> int:
+    """Tokens of the prompt that `process_one` will make, without opening the images."""
+    text = processor.apply_sft_template_for_multi_turn_prompts(
+        turns, sft_format=processor.sft_format, system_prompt=processor.system_prompt
+    )
+    ids = torch.tensor(processor.tokenizer.encode(text))  # [T without images]
+    return len(processor.add_image_token((ids == processor.image_id).nonzero(), ids)[0])
+
+
+def build_conversation(
+    roles: Sequence[str],
+    question: str | None,
+    images: Sequence[str] = (),
+    conversation: Sequence[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The turns to ask the model, the last one empty for its answer.
+
+    Args:
+        roles: The names of user and assistant.
+        question: One question; image tags are put in front of it unless it has some.
+        images: Paths or data URLs, for `question`.
+        conversation: Instead of `question`: turns with `content`, the user's first, and optional `role` and `images`.
+
+    Raises:
+        ValueError: Both or none of `question` and `conversation`, an empty turn, or images not as many as image tags.
+    """
+    if (question is None) == (not conversation):
+        raise ValueError(
+            f"exactly one of question and conversation must be given, got {question!r} and {conversation!r}"
+        )
+    if conversation:
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+            raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
+        turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
+        if images:
+            raise ValueError(f"images go into the turns of a conversation, got {list(images)} beside it")
+    else:
+        if not (question or "").strip():
+            raise ValueError(f"question must not be empty, got {question!r}")
+        text = question if IMAGE_TAG in question else f"{IMAGE_TAG}\n" * len(images) + question  # type: ignore[operator]
+        turns = [{"role": roles[0], "content": text, "images": list(images)}]
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns)
+    given = sum(len(turn["images"]) for turn in turns)
+    if tags != given:
+        raise ValueError(f"images must be as many as the {IMAGE_TAG} in the text, got {given} for {tags}")
+    if turns[-1]["role"] == roles[0]:
+        turns.append({"role": roles[1], "content": "", "images": []})
+    return turns
+
+
+def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+        raise ValueError(f"conversation: turn {index + 1} must have content, a string, got {turn!r}")
+    if unknown := sorted(map(str, turn.keys() - {"role", "content", "images"})):
+        raise ValueError(
+            f"conversation: turn {index + 1} has unknown keys {unknown}, allowed are role, content, images"
+        )
+    role, images = turn.get("role", roles[index % 2]), turn.get("images") or []
+    if role not in roles:
+        raise ValueError(f"conversation: role of turn {index + 1} must be one of {list(roles)}, got {role!r}")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(
+            f"conversation: images of turn {index + 1} must be a list of paths or data URLs, got {images!r}"
+        )
+    if not turn["content"].strip() and role == roles[0]:
+        raise ValueError(f"conversation: turn {index + 1} must not be empty, got {turn['content']!r}")
+    return {"role": role, "content": turn["content"], "images": images}
