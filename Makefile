@@ -13,7 +13,7 @@ test: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy janus_dola janus
+	.venv/bin/mypy janus_dola janus inference_dola.py demo benchmarks
 
 # janus_dola on the oldest transformers it supports, in an environment of its own.
 test-floor: .venv-floor/installed

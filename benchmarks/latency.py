@@ -236,7 +236,7 @@ def compile_config(model: Any) -> CompileConfig:
     if model.device.type == "cuda":
         return CompileConfig()
     config = CompileConfig(mode="default")
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
     return config
 
 

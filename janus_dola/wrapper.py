@@ -1,6 +1,7 @@
 """`DoLaJanusWrapper`: Janus with DoLa in its text decoding, and nothing else changed."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,6 +45,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         self.dynamic = trace is not None or bool((candidates.sum(-1) > 1).any())
         # With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit, traced or not.
         self.same = not candidates.any() and not alpha.any()
+        self.lost = torch.tensor(False)  # rows whose logits were NaN, [rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
@@ -55,6 +57,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         chunks = (rows.split(n) for rows in (scores, exits, self.candidates, self.alpha))
         parts = zip(*map(self._step, *chunks), strict=True)
         log_qN, log_p, M_index, jsd = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+        self.lost = self.lost.to(scores.device) | log_qN[:, 0].isnan()  # one NaN makes NaN of its row
         if self.trace is not None:
             self.trace.record(input_ids, log_qN, log_p, M_index, jsd)
         if self.same:
@@ -183,6 +186,9 @@ class DoLaJanusWrapper:
         with self._view(model, layers, whole) as view:
             processor = DoLaLogitsProcessor(view.take, candidates, alpha, outside, trace)
             output = call.run(processor, criterion, view.model)
+        if processor.lost.any():
+            rows = processor.lost.nonzero().flatten().tolist()
+            warnings.warn(f"logits are NaN in rows {rows}; float16? try bfloat16", RuntimeWarning, stacklevel=2)
         if trace is not None:
             trace.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
         return output

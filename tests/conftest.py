@@ -1,6 +1,8 @@
 """The golden checkpoint and what the published code answered for it: see golden/README.md."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,23 @@ def prompt(expected: dict[str, Tensor]) -> dict[str, Any]:
         "eos_token_id": EOS,
         "pad_token_id": EOS,
     }
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """Runs a program that must say one line on stderr and exit with code 2; returns the line."""
+    from janus_dola.programs.options import run_program
+
+    def fails(run: Callable[[Any], Any], *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            run_program(run)
+        out, err = capsys.readouterr()
+        assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: ")
+        return err
+
+    return fails

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN
+from conftest import CHECKPOINT, GOLDEN, Fails
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,17 +39,6 @@ from janus_dola.wrapper import DoLaLogitsProcessor
 WIDE = GOLDEN / "expected" / "images" / "wide.png"
 TAG = "<image_placeholder>"
 TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=2"]
-
-
-def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """The command line's error: one line, and exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["inference_dola.py", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        run_program(answer_program.run)
-    out, err = capsys.readouterr()
-    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ")
-    return err
 
 
 # The command line, its config files, and conversations.
@@ -93,15 +82,15 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     ],
     ids=lambda value: value[0][:40] if isinstance(value, list) else "",
 )
-def test_arguments(capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
-    assert message in fails(capsys, monkeypatch, *TEXT, "question=What?", *arguments)
+def test_arguments(fails: Fails, arguments: list[str], message: str) -> None:
+    assert message in fails(answer_program.run, *TEXT, "question=What?", *arguments)
 
 
-def test_a_trace_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written(fails: Fails, tmp_path: Path) -> None:
     """It is refused before the model is asked."""
     (tmp_path / "file").touch()
     trace = f"trace={tmp_path / 'file' / 'below'}"
-    assert "[Errno 20] Not a directory: " in fails(capsys, monkeypatch, *TEXT, "question=What?", trace)
+    assert "[Errno 20] Not a directory: " in fails(answer_program.run, *TEXT, "question=What?", trace)
 
 
 def test_a_heatmap_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
@@ -131,10 +120,10 @@ def test_a_heatmap_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: A
         (b"alpha: {b: 1}", "alpha: Value '{'b': 1}' of type 'DictConfig'"),
     ],
 )
-def test_config_files(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: bytes, message: str) -> None:
+def test_config_files(fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: bytes, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_bytes(text)
-    assert message in fails(capsys, monkeypatch, *TEXT, "question=What?", "config=bad.yaml")
+    assert message in fails(answer_program.run, *TEXT, "question=What?", "config=bad.yaml")
     assert not (tmp_path / "ran").exists()
 
 
@@ -152,8 +141,8 @@ def test_config_files(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (f"[{{content: '{TAG} x'}}]", f"images must be as many as the {TAG} in the text, got 0 for 1"),
     ],
 )
-def test_conversations(capsys: Any, monkeypatch: pytest.MonkeyPatch, conversation: str, message: str) -> None:
-    assert message in fails(capsys, monkeypatch, *TEXT, f"conversation={conversation}")
+def test_conversations(fails: Fails, conversation: str, message: str) -> None:
+    assert message in fails(answer_program.run, *TEXT, f"conversation={conversation}")
 
 
 # Images.
@@ -436,27 +425,27 @@ def broken_copy(folder: Path, change: Callable[[Path], None]) -> Path:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_checkpoints(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_broken_checkpoints(fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     change, message = BROKEN[name]
     monkeypatch.chdir(tmp_path)
     folder = broken_copy(tmp_path / "checkpoint", change)
     with pytest.raises(Exception) as error:  # of any kind, as transformers has it; what it says is checked
         MultiModalityCausalLM.from_pretrained(folder, dtype=torch.float32)
     said = f"{type(error.value).__name__}: {error.value}"
-    line = fails(capsys, monkeypatch, f"model_path={folder}", *TEXT[1:], "question=What?")
+    line = fails(answer_program.run, f"model_path={folder}", *TEXT[1:], "question=What?")
     assert re.search(message, said) and re.search(message, line), (said, line)
     assert "weights_only" not in said + line  # PyTorch advises to switch it off
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", BROKEN_PROCESSORS)
-def test_broken_processors(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_broken_processors(fails: Fails, tmp_path: Path, name: str) -> None:
     change, message = BROKEN_PROCESSORS[name]
     folder = broken_copy(tmp_path / "checkpoint", change)
     with pytest.raises(Exception) as error:  # as above
         VLChatProcessor.from_pretrained(folder)
     said = f"{type(error.value).__name__}: {error.value}"
-    line = fails(capsys, monkeypatch, f"model_path={folder}", *TEXT[1:], "question=What?")
+    line = fails(answer_program.run, f"model_path={folder}", *TEXT[1:], "question=What?")
     assert re.search(message, said) and re.search(message, line), (said, line)
 
 
