@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_model
-from test_runtime import oracle_contrast, oracle_jsd
+from oracle import N, Recorder, all_logits, assert_scores, oracle_scores
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -20,7 +20,6 @@ from transformers.generation.streamers import BaseStreamer
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.exits import ExitView
 
-N = 30
 CONFIGS = [
     DoLaConfig(),
     DoLaConfig(alpha=0.3, bucket_id=0),
@@ -28,57 +27,6 @@ CONFIGS = [
     DoLaConfig(alpha=0.1, candidate_layers=[17]),  # static DoLa
     DoLaConfig(alpha=0.1, candidate_layers=[]),  # nothing to subtract, V_head alone
 ]
-
-
-class Recorder(LogitsProcessor):
-    """A caller's own processor: sees what comes before DoLa."""
-
-    def __init__(self) -> None:
-        self.input_ids: list[Tensor] = []
-        self.scores: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.input_ids.append(input_ids.clone())
-        self.scores.append(scores.clone())
-        return scores
-
-
-@torch.no_grad()
-def all_logits(model: Any, embeds: Tensor, mask: Tensor, tokens: Tensor) -> np.ndarray:
-    """Logits of every layer at the last position, [rows, N, V] in float64: no cache, no hook, one head call each."""
-    decoder, head = model.language_model.model, model.language_model.lm_head
-    repeat = len(tokens) // len(embeds)
-    embeds, mask = embeds.repeat_interleave(repeat, 0), mask.repeat_interleave(repeat, 0)
-    inputs = torch.cat([embeds, model.language_model.get_input_embeddings()(tokens)], 1)
-    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-    hidden = decoder(
-        inputs_embeds=inputs,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states
-    exits = [head(decoder.norm(h[:, -1])) for h in hidden[1:N]] + [head(hidden[N][:, -1])]  # hidden_states[N] is normed
-    return torch.stack(exits, 1).double().numpy()
-
-
-def oracle_scores(logits: np.ndarray, penalised: np.ndarray, layers: list[int], alpha: float) -> np.ndarray:
-    """log p̂ [rows, V] of the penalised final logits and the exits' logits [rows, N, V]."""
-    if not layers:
-        return oracle_contrast(penalised, None, alpha)
-    q = np.exp(penalised - penalised.max(-1, keepdims=True))
-    q /= q.sum(-1, keepdims=True)
-    exits = logits[:, [layer - 1 for layer in layers]]
-    qj = np.exp(exits - exits.max(-1, keepdims=True))
-    qj /= qj.sum(-1, keepdims=True)
-    M = oracle_jsd(q[:, None], qj).argmax(-1)
-    return oracle_contrast(penalised, exits[np.arange(len(M)), M], alpha)
-
-
-def assert_scores(got: Tensor, want: np.ndarray) -> None:
-    assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
-    finite = np.isfinite(want)
-    np.testing.assert_allclose(got.numpy()[finite], want[finite], atol=1e-4)
 
 
 def layers_below_N(config: DoLaConfig) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_decode import Recorder, assert_scores, oracle_scores
+from oracle import Recorder, assert_scores, oracle_scores
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList

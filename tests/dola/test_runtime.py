@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import log_softmax, rel_entr, softmax
+from oracle import oracle_contrast, oracle_jsd
+from scipy.special import softmax
 
 from janus_dola import dola_runtime as dola
 
@@ -22,24 +23,6 @@ def tensor(array: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def of_rows(rows: int, alpha: float) -> torch.Tensor:
     return torch.full((rows,), alpha)
-
-
-def oracle_jsd(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
-    M = (P + Q) / 2
-    return (rel_entr(P, M).sum(-1) + rel_entr(Q, M).sum(-1)) / 2
-
-
-def oracle_contrast(logits_N: np.ndarray, logits_M: np.ndarray | None, alpha: float) -> np.ndarray:
-    """log p̂, row by row and word by word."""
-    log_p = np.full(logits_N.shape, -np.inf)
-    for row in range(len(logits_N)):
-        q_N = softmax(logits_N[row].astype(np.float64))
-        head = q_N >= alpha * q_N.max()
-        F = log_softmax(logits_N[row].astype(np.float64))
-        if logits_M is not None:
-            F = F - log_softmax(logits_M[row].astype(np.float64))
-        log_p[row, head] = log_softmax(F[head])
-    return log_p
 
 
 def rows_of_logits(*lead: int, V: int = 7) -> st.SearchStrategy[np.ndarray]:

@@ -1,0 +1,80 @@
+"""The decode step in float64, from the paper and from uncached forward passes, not from the code under test."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import log_softmax, rel_entr, softmax
+from torch import Tensor
+from transformers import LogitsProcessor
+
+N = 30  # layers of the golden checkpoint
+
+
+def oracle_jsd(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    M = (P + Q) / 2
+    return (rel_entr(P, M).sum(-1) + rel_entr(Q, M).sum(-1)) / 2
+
+
+def oracle_contrast(logits_N: np.ndarray, logits_M: np.ndarray | None, alpha: float) -> np.ndarray:
+    """log p̂, row by row and word by word."""
+    log_p = np.full(logits_N.shape, -np.inf)
+    for row in range(len(logits_N)):
+        q_N = softmax(logits_N[row].astype(np.float64))
+        head = q_N >= alpha * q_N.max()
+        F = log_softmax(logits_N[row].astype(np.float64))
+        if logits_M is not None:
+            F = F - log_softmax(logits_M[row].astype(np.float64))
+        log_p[row, head] = log_softmax(F[head])
+    return log_p
+
+
+@torch.no_grad()
+def all_logits(model: Any, embeds: Tensor, mask: Tensor, tokens: Tensor) -> np.ndarray:
+    """Logits of every layer at the last position, [rows, N, V] in float64: no cache, no hook, one head call each."""
+    decoder, head = model.language_model.model, model.language_model.lm_head
+    repeat = len(tokens) // len(embeds)
+    embeds, mask = embeds.repeat_interleave(repeat, 0), mask.repeat_interleave(repeat, 0)
+    inputs = torch.cat([embeds, model.language_model.get_input_embeddings()(tokens)], 1)
+    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    hidden = decoder(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    exits = [head(decoder.norm(h[:, -1])) for h in hidden[1:N]] + [head(hidden[N][:, -1])]  # hidden_states[N] is normed
+    return torch.stack(exits, 1).double().numpy()
+
+
+def oracle_scores(logits: np.ndarray, penalised: np.ndarray, layers: list[int], alpha: float) -> np.ndarray:
+    """log p̂ [rows, V] of the penalised final logits and the exits' logits [rows, N, V]."""
+    if not layers:
+        return oracle_contrast(penalised, None, alpha)
+    q = np.exp(penalised - penalised.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    exits = logits[:, [layer - 1 for layer in layers]]
+    qj = np.exp(exits - exits.max(-1, keepdims=True))
+    qj /= qj.sum(-1, keepdims=True)
+    M = oracle_jsd(q[:, None], qj).argmax(-1)
+    return oracle_contrast(penalised, exits[np.arange(len(M)), M], alpha)
+
+
+def assert_scores(got: Tensor, want: np.ndarray) -> None:
+    assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(got.numpy()[finite], want[finite], atol=1e-4)
+
+
+class Recorder(LogitsProcessor):
+    """A caller's own processor: sees what comes before DoLa."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.input_ids.append(input_ids.clone())
+        self.scores.append(scores.clone())
+        return scores
