@@ -563,25 +563,6 @@ def save(model: MultiModalityCausalLM, processor: VLChatProcessor, out: Path) ->
     config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}  # to be run in
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(str(out))
-    # transformers 5 writes neither of these as the published checkpoints have them.
-    tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    tokenizer_config: dict[str, Any] = tokens | {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": True,
-        "model_max_length": 2048,
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": None,
-        "use_default_system_prompt": True,
-    }
-    files = {
-        "tokenizer_config.json": tokenizer_config,
-        "special_tokens_map.json": tokens | {"additional_special_tokens": MORE_SPECIAL_TOKENS},
-    }
-    for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

@@ -197,7 +197,10 @@ class DoLaJanusWrapper:
     def _view(self, model: Any, layers: tuple[int, ...], whole: bool) -> Iterator[ExitView]:
         """A view of the model as it is now: a call's own, but kept for later ones once `generate` has compiled it."""
         kept = self._compiled.setdefault((model, layers, whole), [])
-        view = kept.pop() if kept else None
+        try:
+            view: ExitView | None = kept.pop()
+        except IndexError:  # asking first would leave another thread time to take it
+            view = None
         if view is None or view.state() != view.made_of:
             view = ExitView(model, layers, whole=whole)
         try:

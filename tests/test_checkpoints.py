@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
+from janus.models.stored_sizes import stored_shapes
 from janus.utils.io import load_pretrained_model
 
 UNUSED = ("vision_model.vision_tower.attn_pool.latent", "gen_vision_model.quantize.codebook_used")
@@ -446,3 +447,91 @@ def test_flags_of_what_a_forward_pass_returns_change_no_answer(
     arguments = {name: expected[f"{case}/{name}"] for name in ("inputs_embeds", "attention_mask")}
     answer = loaded.language_model.generate(**arguments, max_new_tokens=8, do_sample=False, pad_token_id=481)
     assert torch.equal(answer, expected[f"{case}/greedy"][:, :8])
+
+
+def test_config_json_names_the_rotary_embedding_for_transformers_4_too(tmp_path: Path) -> None:
+    """Which does not know `rope_parameters`, and would take its own default."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    for given, scaling in ((rope, rope), ({"rope_type": "default", "rope_theta": 5e5}, None)):
+        config = MultiModalityConfig(language_config={"rope_parameters": given})
+        config.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["language_config"]
+        assert (written["rope_theta"], written.get("rope_scaling")) == (5e5, scaling)
+        again = MultiModalityConfig.from_pretrained(tmp_path)
+        assert again.language_config.rope_parameters == config.language_config.rope_parameters
+
+
+HUGE = 10**9
+ABSURD: list[tuple[str, dict[str, Any]]] = [
+    ("language_config", {"num_hidden_layers": HUGE}),
+    *(("language_config", {key: HUGE}) for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")),
+    ("language_config", {"num_attention_heads": 64, "head_dim": 16}),
+    ("language_config", {"num_key_value_heads": HUGE, "head_dim": 16}),
+    *(("vision_config", {key: HUGE}) for key in ("layers", "width", "patch_size", "image_size", "mlp_ratio")),
+    *(("gen_vision_config", {key: HUGE}) for key in ("image_token_size", "n_embed", "ch", "z_channels")),
+    ("gen_vision_config", {"ch_mult": [1, 1, HUGE, 1, 2]}),
+    *((part, {key: HUGE}) for part in ("aligner_config", "gen_aligner_config") for key in ("depth", "input_dim")),
+    *(("gen_head_config", {key: HUGE}) for key in ("image_token_size", "image_token_embed", "n_embed")),
+]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    names = ("safetensors-1", "safetensors-2", "bin-1", "bin-2")
+    return {layout: write(folder / layout, layout, WEIGHTS) for layout in names}
+
+
+@pytest.mark.parametrize(
+    ("part", "change"), ABSURD, ids=lambda value: next(iter(value)) if isinstance(value, dict) else value
+)
+def test_a_config_that_describes_more_than_is_stored(
+    layouts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, part: str, change: dict[str, Any]
+) -> None:
+    """Nothing is built, of which memory, or patience, would see the end first."""
+    monkeypatch.setattr(MultiModalityCausalLM, "__init__", None)
+    key, value = next(iter(change.items()))
+    value = max(value) if isinstance(value, list) else value
+    for folder in layouts.values():
+        written = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+        written[part] |= change if part == "language_config" else {"params": written[part]["params"] | change}
+        (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"config\.json: {part}\.(params\.)?{key} must .* got {value}$"):
+            MultiModalityCausalLM.from_pretrained(folder)
+        with pytest.raises(ValueError, match=rf"{part}\.(params\.)?{key} must"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_huge_part_without_weights_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be filled with random numbers before it was refused."""
+    monkeypatch.setattr(MultiModalityCausalLM, "__init__", None)
+    name = "gen_vision_model.quantize.embedding.weight"
+    folder = write(tmp_path, "safetensors-1", {key: value for key, value in WEIGHTS.items() if key != name})
+    with pytest.raises(
+        ValueError, match=f"lacks the weights {name}; config.json: gen_vision_config.params.image_token"
+    ):
+        MultiModalityCausalLM.from_pretrained(folder)
+
+
+def test_a_part_that_uses_fewer_layers_than_are_stored_loads(tmp_path: Path) -> None:
+    """`select_layer` leaves the last blocks out, of the model and then of what it saves."""
+    folder = write(tmp_path / "whole", "safetensors-1", WEIGHTS)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["vision_config"]["params"]["select_layer"] = -2
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    model = MultiModalityCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    again = MultiModalityCausalLM.from_pretrained(tmp_path / "saved")
+    assert len(again.vision_model.vision_tower.blocks) == written["vision_config"]["params"]["layers"] - 1
+    assert_same_weights(again, model)
+
+
+def test_shapes_are_read_without_the_weights(layouts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pickle, too: mapped into memory, of which nothing is read."""
+    want = {name: tuple(weight.shape) for name, weight in WEIGHTS.items()}
+    read: list[Any] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(kwargs) or load(*args, **kwargs))
+    assert all(stored_shapes(str(folder)) == want for folder in layouts.values())
+    assert len(read) == 3 and all(kwargs["mmap"] and kwargs["weights_only"] for kwargs in read)
+    assert stored_shapes(str(GOLDEN)) is None

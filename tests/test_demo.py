@@ -182,6 +182,13 @@ def test_the_checkpoint_is_small_and_in_the_published_layout(checkpoint: Any) ->
     assert checkpoint[0].config.language_config.num_hidden_layers == 30
 
 
+def test_the_processor_files_are_those_that_training_saves(tmp_path: Path) -> None:
+    """tests/dola reads the checkpoint's with transformers 4, where janus does not import."""
+    new_processor().save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (CHECKPOINT / path.name).read_bytes(), path.name
+
+
 def test_the_checkpoint_answers_right(checkpoint: Any) -> None:
     model, processor = checkpoint
     wrapper = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False))

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -33,6 +34,7 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.dola_runtime import choose, log_softmax, read
 from janus_dola.exits import ExitView
 from janus_dola.programs import answer as answer_program
+from janus_dola.programs import checkpoint as checkpoint_program
 from janus_dola.programs.options import run_program
 from janus_dola.wrapper import DoLaLogitsProcessor
 
@@ -201,7 +203,7 @@ def test_broken_images(tmp_path: Path, name: str) -> None:
 
 
 def test_a_directory_and_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"images: cannot read .*Is a directory"):
+    with pytest.raises(ValueError, match=r"images: cannot read .*it is not a regular file"):
         load_image(tmp_path)
     path = tmp_path / "secret.png"
     path.write_bytes(PNG)
@@ -402,7 +404,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a width that is text": (set_keys("config.json", language_config={"hidden_size": "big"}), "'hidden_size'"),
     "more layers than weights": (
         set_keys("config.json", language_config={"num_hidden_layers": 31}),
-        r"lacks the weights language_model\.model\.layers\.30\.",
+        r"num_hidden_layers must be at most 30, the language_model\.model\.layers in the weights, got 31",
     ),
     "an unknown activation": (set_keys("config.json", language_config={"hidden_act": "evil"}), "KeyError: 'evil'"),
 }  # fmt: skip
@@ -447,6 +449,43 @@ def test_broken_processors(fails: Fails, tmp_path: Path, name: str) -> None:
     said = f"{type(error.value).__name__}: {error.value}"
     line = fails(answer_program.run, f"model_path={folder}", *TEXT[1:], "question=What?")
     assert re.search(message, said) and re.search(message, line), (said, line)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("processor_config.json", {"num_image_tokens": 17}, "num_image_tokens must be 16, as the vision_config of"),
+        ("processor_config.json", {"num_image_tokens": 10**9}, "num_image_tokens must be an integer from 1 to"),
+        ("preprocessor_config.json", {"image_size": 10**9}, "image_size must be 64, as the vision_config of"),
+    ],
+)
+def test_a_processor_of_other_sizes_than_the_vision_tower(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    """It is refused before it makes an image, or the tokens of one, of which memory would see the end."""
+    folder = broken_copy(tmp_path / "checkpoint", set_keys(file, **change))
+    monkeypatch.setattr(checkpoint_program, "load_model", None)
+    arguments = [f"model_path={folder}", *TEXT[1:], f"images=[{WIDE}]", "question=What?"]
+    assert message in fails(answer_program.run, *arguments)
+
+
+@pytest.mark.parametrize("file", ["janus/__init__.py", "janus.py"])
+def test_another_package_of_the_name_janus(tmp_path: Path, file: str) -> None:
+    """The registry's is an async queue."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("class Queue: pass\n", encoding="utf-8")
+    # An editable install of ours would find the submodules of theirs.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}from janus_dola.programs import main; main()", *TEXT, "question=What?"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"},
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: janus\.\w+ is missing: the package 'janus' here is another one .*\n", result.stderr)
 
 
 def test_code_beside_the_weights_is_not_run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
 from torch import Tensor
 
 from janus.models import MultiModalityCausalLM, MultiModalityConfig
-from janus.utils.io import load_pil_images
+from janus.utils.io import load_image, load_pil_images
 
 WIDE = GOLDEN / "expected" / "images" / "wide.png"
 
@@ -48,6 +50,24 @@ def test_a_path_in_place_of_a_list_is_refused(images: Any) -> None:
     """Taken letter by letter, it would be an error about a file named '/'."""
     with pytest.raises(ValueError, match=r"images must be a list .*wide\.png"):
         load_pil_images([{"role": "<|User|>", "content": "x", "images": images}])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+    """Opening a FIFO waited for a writer for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path / "link", Path(os.devnull), tmp_path):
+        with pytest.raises(ValueError, match=f"^images: cannot read '{path}': it is not a regular file$"):
+            load_image(path)
+    (tmp_path / "wide").symlink_to(WIDE)
+    assert load_image(tmp_path / "wide").tobytes() == load_image(WIDE).tobytes()
+
+
+def test_an_open_image_is_taken_as_it_is() -> None:
+    with PIL.Image.open(WIDE) as image:
+        (loaded,) = load_pil_images([{"images": [image.convert("RGBA")]}])
+    assert loaded == load_image(WIDE)
 
 
 def test_offloading_to_disk(model: Any, expected: dict[str, Tensor], tmp_path: Path) -> None:

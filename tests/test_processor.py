@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from janus.models import VLChatProcessor, VLMImageProcessor
 from janus.utils.conversation import get_conv_template
@@ -182,6 +183,70 @@ def test_save_pretrained_round_trip(processor: Any, tmp_path: Path) -> None:
     for name in want:
         same = want[name] == got[name]
         assert same if isinstance(same, bool) else same.all(), name
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    names = ("processor_config", "preprocessor_config", "tokenizer_config", "special_tokens_map")
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+
+
+def test_saved_files_are_the_published_ones(processor: Any, tmp_path: Path) -> None:
+    """transformers 5 writes `image_processor` twice and a list `extra_special_tokens`: transformers 4 fails on both."""
+    files = processor.save_pretrained(tmp_path)
+    assert all(Path(file).is_file() for file in files)
+    published, written = contents(CHECKPOINT), contents(tmp_path)
+    assert published["preprocessor_config"].pop("processor_class") == "VLChatProcessor"  # nobody reads it
+    tags = {key: written["processor_config"].pop(key) for key in ("image_start_tag", "image_end_tag", "pad_tag")}
+    assert tags == {key: getattr(processor, key) for key in tags}  # arguments of the published processor
+    assert written == published
+
+
+def test_a_new_tokenizer_is_saved_as_a_published_one(tmp_path: Path) -> None:
+    """It has no keys of a checkpoint to keep, and the published code's defaults are other tokens."""
+    loaded = VLChatProcessor.from_pretrained(CHECKPOINT)
+    tokens = {name: getattr(loaded.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    more = list(loaded.tokenizer.extra_special_tokens)
+    new = PreTrainedTokenizerFast(
+        tokenizer_file=str(CHECKPOINT / "tokenizer.json"), additional_special_tokens=more, **tokens
+    )
+    new.add_bos_token = False
+    VLChatProcessor(loaded.image_processor, new, num_image_tokens=16).save_pretrained(tmp_path)
+    written = contents(tmp_path)
+    config = tokens | {"unk_token": None, "add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}
+    assert {key: written["tokenizer_config"].get(key, ...) for key in config} == config
+    assert "extra_special_tokens" not in written["tokenizer_config"]
+    assert written["special_tokens_map"] == tokens | {"additional_special_tokens": more}
+
+
+def test_what_is_uploaded_is_what_is_saved(processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload came first, and the tokenizer on the hub had no add_bos_token."""
+    processor.save_pretrained(tmp_path / "mine")
+    uploads = []
+
+    def upload(self: Any, folder: Any, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        uploads.append((repo_id, kwargs["commit_message"], kwargs["token"], contents(Path(folder))))
+
+    hub = SimpleNamespace(create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=f"me/{repo_id}"))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.processing_utils.hf_api", lambda: hub)
+    monkeypatch.setattr(
+        "transformers.utils.hub.create_and_tag_model_card",
+        lambda *args, **kwargs: SimpleNamespace(save=lambda file: None),
+    )
+    monkeypatch.setattr(VLChatProcessor, "_upload_modified_files", upload)
+    processor.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="Mine", token="t")
+    processor.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="other")
+    saved = contents(tmp_path / "mine")
+    assert uploads == [("me/mine", "Mine", "t", saved), ("me/other", None, None, saved)]
+    assert saved["tokenizer_config"]["add_bos_token"] is True
+
+
+@pytest.mark.parametrize("count", [0, 64 * 64 + 1, 10**9, 1.5, "16", None])
+def test_num_image_tokens_fit_the_image(processor: Any, count: Any) -> None:
+    """With 10**9, the first image took all memory."""
+    message = f"num_image_tokens must be an integer from 1 to image_size..2, 4096, got {count!r}"
+    with pytest.raises(ValueError, match=message):
+        VLChatProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=count)
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False, None])

@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from janus.models.projector import MlpProjector
 from janus.models.siglip_vit import CLIPVisionTower, VisionTransformer
+from janus.models.stored_sizes import check_sizes, stored_shapes
 from janus.models.vq_model import VQ_models, VQModel
 
 
@@ -94,6 +95,15 @@ class MultiModalityConfig(PretrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> LlamaConfig:
         return self.language_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PretrainedConfig.to_dict`, with the rotary embedding under transformers 4's names as well."""
+        written = super().to_dict()
+        rope = written["language_config"]["rope_parameters"]
+        written["language_config"]["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            written["language_config"]["rope_scaling"] = rope
+        return written
 
 
 class VisionHead(nn.Module):
@@ -185,12 +195,14 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, except that a missing weight is an error, not a random tensor.
 
         Raises:
-            ValueError: The checkpoint lacks a weight, or has one of another shape; the message names it. Or its files
-                are broken, or pickles of more than tensors, which are never run.
+            ValueError: The checkpoint lacks a weight, or has one of another shape; the message names it. Or config.json
+                describes more layers or wider ones than are stored, and nothing has been built. Or its files are
+                broken, or pickles of more than tensors, which are never run.
         """
         mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # transformers' error does not name the weight
         try:
+            cls._check_sizes(pretrained_model_name_or_path, kwargs)
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
@@ -215,6 +227,20 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
                 "a Janus checkpoint has all the weights that its config.json describes"
             )
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _check_sizes(cls, path: Any, arguments: Mapping[str, Any]) -> None:
+        """`check_sizes` for `from_pretrained`, except where its arguments say that other weights are loaded."""
+        if path is None or arguments.keys() & {"state_dict", "variant", "use_safetensors", "gguf_file", "key_mapping"}:
+            return
+        names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
+        hub = {name: arguments[name] for name in names if name in arguments}
+        shapes = stored_shapes(str(path), **hub)
+        if shapes is not None:
+            config = arguments.get("config") or path
+            if not isinstance(config, PretrainedConfig):
+                config = cls.config_class.from_pretrained(config, **hub)
+            check_sizes(config, str(path), shapes)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

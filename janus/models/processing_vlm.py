@@ -109,7 +109,7 @@ class VLChatProcessor(ProcessorMixin):
         mask_prompt, ignore_id: For training; kept for the published configuration files.
 
     Raises:
-        ValueError: `num_image_tokens` is no whole number of at least 1, or the tokenizer lacks a tag.
+        ValueError: `num_image_tokens` is no integer that fits the images, or the tokenizer lacks a tag.
     """
 
     system_prompt = (
@@ -133,8 +133,11 @@ class VLChatProcessor(ProcessorMixin):
         ignore_id: int = -100,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens must be a whole number of at least 1, got {num_image_tokens!r}")
+        most = image_processor.image_size**2  # a patch has at least a pixel
+        if not isinstance(num_image_tokens, int) or not 1 <= num_image_tokens <= most:
+            raise ValueError(
+                f"num_image_tokens must be an integer from 1 to image_size**2, {most}, got {num_image_tokens!r}"
+            )
         for tag in (image_start_tag, image_end_tag, pad_tag):
             if tag not in tokenizer.get_vocab():
                 raise ValueError(f"the tokenizer has no token {tag!r}, which must be one for the processor to use it")
@@ -161,14 +164,38 @@ class VLChatProcessor(ProcessorMixin):
             load_tokenizer(pretrained_model_name_or_path, **kwargs),
         ]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What processor_config.json has: transformers 5 would add the image processor, which has a file of its own."""
+        return {name: value for name, value in super().to_dict().items() if name != "image_processor"}
+
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Writes the published files: processor_config.json, preprocessor_config.json and the tokenizer's."""
-        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        # transformers 5 leaves add_bos_token out, and who reads the file takes its absence for true.
-        path = Path(save_directory) / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": self.tokenizer.add_bos_token}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return files + self.image_processor.save_pretrained(save_directory)
+        """Writes the published files, which the published code (transformers 4) reads as well.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Whether to upload them, too; the other arguments are then `push_to_hub`'s, `repo_id` being the
+                folder's name unless given.
+        """
+        folder = Path(save_directory)
+        files = super().save_pretrained(str(folder))
+        files += self.image_processor.save_pretrained(folder)
+        # transformers 5 writes the tokenizer for itself: a class and a list of special tokens that 4 does not know, no
+        # add_bos_token, whose absence counts as true, and no token that is None, for which 4 has another default.
+        config = {"legacy": True, "add_eos_token": False}
+        config |= json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for name in ("backend", "extra_special_tokens", "is_local", "local_files_only", "processor_class"):
+            config.pop(name, None)
+        special = {name: getattr(self.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        config |= special | {"add_bos_token": self.tokenizer.add_bos_token, "tokenizer_class": "LlamaTokenizer"}
+        tokens: dict[str, Any] = {name: token for name, token in special.items() if token is not None}
+        tokens["additional_special_tokens"] = self.tokenizer.extra_special_tokens
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", tokens)):
+            text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+            files.append(str(folder / name))
+        if push_to_hub:  # not in super(), before the files are what they are to be
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        return files
 
     def _token_id(self, tag: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(tag)

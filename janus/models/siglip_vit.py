@@ -1,5 +1,7 @@
 """SigLIP's vision transformer without its pooling head, which Janus does not use (`janus/models/siglip_vit.py`)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,10 +83,39 @@ class VisionTransformer(nn.Module):
         return self.norm(self.blocks(self.patch_embed(x) + self.pos_embed))
 
 
+def tower_sizes(
+    model_name: str = "siglip_large_patch16_384",
+    image_size: int = 384,
+    select_layer: int = -1,
+    patch_size: int | None = None,
+    width: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    mlp_ratio: float | None = None,
+    **kwargs: object,
+) -> dict[str, Any]:
+    """`VisionTransformer`'s arguments from those of `CLIPVisionTower`.
+
+    Raises:
+        ValueError: `model_name` is unknown and a size is missing.
+    """
+    given = {"patch_size": patch_size, "width": width, "layers": layers, "heads": heads, "mlp_ratio": mlp_ratio}
+    sizes = SIGLIP_SIZES.get(model_name, {}) | {name: size for name, size in given.items() if size is not None}
+    if missing := given.keys() - sizes.keys():
+        raise ValueError(
+            f"vision_config.params.model_name must be one of {sorted(SIGLIP_SIZES)}, or come with "
+            f"{sorted(missing)}, got {model_name!r}"
+        )
+    total = int(sizes["layers"])
+    depth = min(total, total + select_layer + 1 if select_layer <= 0 else select_layer)
+    whole = {name: int(sizes[name]) for name in ("patch_size", "width", "heads")}
+    return {"image_size": image_size, "layers": depth, "mlp_ratio": sizes["mlp_ratio"]} | whole
+
+
 class CLIPVisionTower(nn.Module):
     """The published wrapper around the encoder (`janus/models/clip_encoder.py`), for SigLIP models.
 
-    Args:
+    Args, as `tower_sizes` takes them:
         model_name: A key of `SIGLIP_SIZES`, or any name when all the sizes below are given.
         image_size: Side of the square input in pixels.
         select_layer: Which block's features to return: -1 the last, -2 the one before, or a count from 1.
@@ -95,36 +126,9 @@ class CLIPVisionTower(nn.Module):
         ValueError: `model_name` is unknown and a size is missing.
     """
 
-    def __init__(
-        self,
-        model_name: str = "siglip_large_patch16_384",
-        image_size: int = 384,
-        select_layer: int = -1,
-        patch_size: int | None = None,
-        width: int | None = None,
-        layers: int | None = None,
-        heads: int | None = None,
-        mlp_ratio: float | None = None,
-        **kwargs: object,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        given = {"patch_size": patch_size, "width": width, "layers": layers, "heads": heads, "mlp_ratio": mlp_ratio}
-        sizes = SIGLIP_SIZES.get(model_name, {}) | {name: size for name, size in given.items() if size is not None}
-        if missing := given.keys() - sizes.keys():
-            raise ValueError(
-                f"vision_config.params.model_name must be one of {sorted(SIGLIP_SIZES)}, or come with "
-                f"{sorted(missing)}, got {model_name!r}"
-            )
-        total = int(sizes["layers"])
-        depth = min(total, total + select_layer + 1 if select_layer <= 0 else select_layer)
-        self.vision_tower = VisionTransformer(
-            image_size=image_size,
-            patch_size=int(sizes["patch_size"]),
-            width=int(sizes["width"]),
-            layers=depth,
-            heads=int(sizes["heads"]),
-            mlp_ratio=sizes["mlp_ratio"],
-        )
+        self.vision_tower = VisionTransformer(**tower_sizes(*args, **kwargs))
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, image_size, image_size] -> [B, patches, width]
         return self.vision_tower(images)

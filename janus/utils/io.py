@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,16 +41,18 @@ def load_pretrained_model(
     return processor.tokenizer, processor, model.to(device).eval()
 
 
-def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
+def load_image(source: str | os.PathLike[str] | PIL.Image.Image) -> PIL.Image.Image:
     """Opens an image as RGB.
 
     Args:
-        source: A path, or a data URL (`data:image/png;base64,...`).
+        source: A path, a data URL (`data:image/png;base64,...`), or an image that is open already.
 
     Raises:
-        ValueError: There is no such file, it is not an image that can be read, or it has more than
+        ValueError: There is no such file, it is not a regular one, not an image that can be read, or it has more than
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
+    if isinstance(source, PIL.Image.Image):
+        return source.convert("RGB")
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"images must hold paths or data URLs, got {source!r}")
     name = str(source)
@@ -63,6 +66,8 @@ def load_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
             f"images: a data URL must have at most {4 * limit} characters, got {len(payload)} in {shown!r}"
         )
     try:
+        if not name.startswith("data:") and not stat.S_ISREG(os.stat(source).st_mode):  # a FIFO would be waited for
+            raise ValueError("it is not a regular file")
         file: Any = io.BytesIO(base64.b64decode(payload, validate=True)) if name.startswith("data:") else source
         with PIL.Image.open(file) as image:  # reads the header only
             if limit is not None and image.width * image.height > limit:  # where Pillow itself only warns, up to twice
@@ -85,7 +90,7 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Imag
     """Opens the images of a conversation, in order, as RGB.
 
     Args:
-        conversations: Its turns; a turn may have `images`, a list of paths or data URLs.
+        conversations: Its turns; a turn may have `images`, a list of what `load_image` takes.
 
     Raises:
         ValueError: An image is missing or broken, or `images` is no list, or a turn no mapping.

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from janus.models.processing_vlm import load_tokenizer
+from janus.models.siglip_vit import tower_sizes
 from janus.utils.io import default_device
 from janus_dola.programs.options import TOKEN_IDS, ModelConfig, as_list, first_line
 from janus_dola.wrapper import DoLaJanusWrapper
@@ -114,13 +115,29 @@ def load_processor(config: ModelConfig) -> Any:
                 if token is not None and token >= words:
                     raise ValueError(f"generation.{key} must be below {words}, the model's words, got {token}")
         if model_config.model_type == "multi_modality":
-            return VLChatProcessor.from_pretrained(path)
+            processor = VLChatProcessor.from_pretrained(path)
+            check_images(processor, **tower_sizes(**model_config.vision_config.params))
+            return processor
         # Not transformers' JanusProcessor: it rounds the sizes of images differently, and may leave out the BOS.
         vision = model_config.vision_config
         settings, _ = VLMImageProcessor.get_image_processor_dict(path)
         image_processor = VLMImageProcessor.from_dict(settings | {"image_size": vision.image_size})
         num_image_tokens = (vision.image_size // vision.patch_size) ** 2
         return VLChatProcessor(image_processor, load_tokenizer(path), num_image_tokens=num_image_tokens)
+
+
+def check_images(processor: VLChatProcessor, image_size: int, patch_size: int, **sizes: Any) -> None:
+    """Refuses a processor that is not of the vision tower's sizes, before it makes anything of its own.
+
+    Raises:
+        ValueError: The images, or their tokens, are others than the tower's.
+    """
+    for file, key, found, wanted in (
+        ("preprocessor_config.json", "image_size", processor.image_processor.image_size, image_size),
+        ("processor_config.json", "num_image_tokens", processor.num_image_tokens, (image_size // patch_size) ** 2),
+    ):
+        if found != wanted:
+            raise ValueError(f"{file}: {key} must be {wanted}, as the vision_config of config.json has it, got {found}")
 
 
 @contextmanager
