@@ -51,6 +51,13 @@ def model() -> Any:
     return load_model()
 
 
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    from janus.models import VLChatProcessor
+
+    return VLChatProcessor.from_pretrained(CHECKPOINT)
+
+
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Tensor]:
     """Keys are CASE/NAME."""

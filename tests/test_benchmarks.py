@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import latency, profile_step
+from benchmarks import latency, long_run, profile_step
 from janus_dola import DoLaJanusWrapper
 from janus_dola.programs.options import read_config
 
@@ -90,3 +90,13 @@ def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -
         profile_step.run(["tokens=2"])
     with pytest.raises(ValueError, match="layers must be at most 2 for 6 layers, got 3"):
         profile_step.run(["shape=tiny", "layers=3"])
+
+
+def test_long_run_reports_the_slope(capsys: pytest.CaptureFixture[str]) -> None:
+    long_run.run(["generations=10", "warm_up=5", "tokens=2", "prompt=4", "threads=0"])
+    out = capsys.readouterr().out
+    assert "generations  10 after 5: off, on, trace, beams, stream by turns" in out
+    assert " bytes per generation" in out
+    assert long_run.slope([10, 14, 18, 22]) == pytest.approx(4)
+    with pytest.raises(ValueError, match="generations must be an integer of at least 2, got 1"):
+        long_run.run(["generations=1"])

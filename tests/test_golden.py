@@ -36,11 +36,6 @@ PARTS = {
 T2I_PARTS = {"prompt_ids", "prompt_embeds", "cfg_logits", "tokens", "decoded"}
 
 
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return VLChatProcessor.from_pretrained(CHECKPOINT)
-
-
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """The golden data was computed in two threads; sums are split among them, so rounding depends on their number."""

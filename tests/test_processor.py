@@ -23,11 +23,6 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TAG = "<image_placeholder>"
 
 
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return VLChatProcessor.from_pretrained(CHECKPOINT)
-
-
 def ask(content: str, user: str = "<|User|>", assistant: str = "<|Assistant|>") -> list[dict[str, str]]:
     return [{"role": user, "content": content}, {"role": assistant, "content": ""}]
 
