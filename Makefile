@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo test lint test-floor test-interop clean
+.PHONY: demo test lint test-floor test-interop test-ray test-eval clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py compare=true trace=outputs
@@ -23,6 +23,14 @@ test-floor: .venv-floor/installed
 test-interop: .venv-interop/installed
 	.venv-interop/bin/python -m pytest tests/dola/test_interop.py
 
+# A batch run with workers=N, on Ray.
+test-ray: .venv-ray/installed
+	.venv-ray/bin/python -m pytest tests/workers
+
+# The model for lmms-eval, in lmms-eval.
+test-eval: .venv-eval/installed
+	.venv-eval/bin/python -m pytest tests/eval
+
 .venv/installed: constraints.txt pyproject.toml
 	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
 	touch $@
@@ -35,5 +43,14 @@ test-interop: .venv-interop/installed
 	$(VENV_PIP) constraints.txt --editable '.[interop]'
 	touch $@
 
+.venv-ray/installed: constraints-ray.txt pyproject.toml
+	$(VENV_PIP) constraints-ray.txt --editable '.[ray,test]'
+	touch $@
+
+.venv-eval/installed: constraints-eval.txt pyproject.toml
+	$(VENV_PIP) constraints-eval.txt --editable '.[eval,test]'
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-eval.txt --no-deps lmms-eval
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-interop
+	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval

@@ -74,7 +74,7 @@ class Options:
     def __post_init__(self) -> None:
         for key in ("limit", "threads"):
             if getattr(self, key) < 0:
-                raise ValueError(f"{key} must be a whole number of at least 0, got {getattr(self, key)}")
+                raise ValueError(f"{key} must be an integer of at least 0, got {getattr(self, key)}")
 
 
 def read_questions(path: str) -> list[dict[str, Any]]:

@@ -27,9 +27,9 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=2"]
         (["generation.eos_token_id=a"], "generation.eos_token_id must be a token id or a list of them, got 'a'"),
         (
             ["generation.forced_eos_token_id=99999"],
-            "generation.forced_eos_token_id must be below 512, the model's words",
+            "generation.forced_eos_token_id must be below 512, the model's vocabulary",
         ),
-        (["generation.pad_token_id=512"], "generation.pad_token_id must be below 512, the model's words, got 512"),
+        (["generation.pad_token_id=512"], "generation.pad_token_id must be below 512, the model's vocabulary, got 512"),
         (["generation.forced_bos_token_id=a"], "generation.forced_bos_token_id must be a token id or a list of them"),
         (["generation.return_dict_in_generate=true"], "generation.return_dict_in_generate must be left off"),
         (["generation.watermarking_config={a: 1}"], "generation: WatermarkingConfig.__init__() got an unexpected"),

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, CHECKPOINT, GOLDEN
+from conftest import CASES, CHECKPOINT, GOLDEN, Fails
 
-from janus.models import VLChatProcessor
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
@@ -54,11 +53,6 @@ def read(path: Path) -> dict[Any, dict[str, Any]]:
     return {line["id"]: line for line in lines}
 
 
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return VLChatProcessor.from_pretrained(CHECKPOINT)
-
-
 @pytest.fixture
 def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
     """Answers lines in a new file, through the library; returns its lines by id."""
@@ -72,7 +66,7 @@ def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
         how: Any = {"batch_size": batch_size, "seed": seed, "compare": compare}
         with Results(tmp_path / name, {}) as results:
             results.write(errors)
-            answer_program.write_answers(wrapper, processor, prompts, results, generation, **how)
+            results.write(answer_program.answer_lines(wrapper, processor, prompts, generation, **how))
         assert wrapper.config == dola
         return read(tmp_path / name)
 
@@ -306,6 +300,8 @@ def test_other_settings_are_refused(
         (["BOTH", "trace=here"], "prompts and trace must not both be given"),
         (["BOTH", "batch_size=0"], "batch_size must be at least 1, got 0"),
         (["BOTH", "batch_size=two"], "batch_size: Value 'two'"),
+        (["BOTH", "workers=-1"], "workers must be at least 0, got -1"),
+        (["BOTH", "workers=1.5"], "workers: Value '1.5'"),
         (["BOTH", "generation.num_return_sequences=2"], "generation.num_return_sequences must be left off in a batch"),
         (["BOTH", "generation.max_length=1"], "generation.max_length must be left off in a batch run, got 1"),
         (["BOTH", "generation.penalty_alpha=0.6"], "generation.penalty_alpha must be left off in a batch run, got 0.6"),
@@ -342,6 +338,12 @@ def test_errors_are_one_line_before_the_weights_are_loaded(
     assert err.startswith("error: ") and message in err
     assert Path("other.jsonl").read_text() == "mine" and not Path("out.jsonl").exists()
     assert json.loads(Path("prompts.jsonl").read_text()) == WIDE
+
+
+def test_workers_without_ray_are_refused(tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = fails(answer_program.run, *cli_arguments(tmp_path, "workers=2"))
+    assert said == "error: workers needs ray: pip install 'janus-dola[ray]'\n"
 
 
 def ask_for_too_much(how: str) -> None:
@@ -408,10 +410,9 @@ def test_batches_start_with_the_longest_and_mix_configurations(
     handle = model.vision_model.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
     try:
         with Results(tmp_path / "out.jsonl", {}) as results:
-            answer_program.write_answers(
-                DoLaJanusWrapper(model), processor, prompts, results, {"max_new_tokens": 3, "do_sample": False},
-                batch_size=3, compare=True,
-            )  # fmt: skip
+            generation = {"max_new_tokens": 3, "do_sample": False}
+            how: Any = {"batch_size": 3, "compare": True}
+            results.write(answer_program.answer_lines(DoLaJanusWrapper(model), processor, prompts, generation, **how))
     finally:
         handle.remove()
     assert list(read(tmp_path / "out.jsonl")) == [3, 1, 0, 2]

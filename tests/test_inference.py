@@ -138,7 +138,7 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
         (["candidate_layers=[31]"], "must be in 1...30, the model's layers, got 31"),
         (["question="], "question must not be empty"),
         (["question=  "], "question must not be empty"),
-        (["model_path=" + str(GOLDEN)], "no checkpoint: it has no config.json"),
+        (["model_path=" + str(GOLDEN)], "not a checkpoint: it has no config.json"),
         (["model_path=/nowhere/at/all"], "model_path must be a folder or a name on the hub"),
         (["device=tpu9"], "device must be auto, cpu, cuda or mps"),
         (["device=cuda:77"], "device must be auto, cpu, cuda or mps"),

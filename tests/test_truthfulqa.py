@@ -128,7 +128,7 @@ def test_bad_data(tmp_path: Path, text: str, message: str) -> None:
     ("argument", "message"),
     [
         ("data=nowhere.csv", "data must name the benchmark's TruthfulQA.csv, got 'nowhere.csv'"),
-        ("limit=-1", "limit must be a whole number of at least 0, got -1"),
+        ("limit=-1", "limit must be an integer of at least 0, got -1"),
         ("model=nowhere/at/all", "model 'nowhere/at/all' cannot be loaded"),
         ("lmit=3", "unknown key 'lmit', did you mean 'limit'"),
     ],

@@ -254,7 +254,7 @@ class VLChatProcessor(ProcessorMixin):
             if not isinstance(message, Mapping) or not all(
                 isinstance(message.get(k), str) for k in ("role", "content")
             ):
-                raise ValueError(f"conversations must be a list of turns with role and content, texts; got {message!r}")
+                raise ValueError(f"conversations must be turns with role and content, both strings; got {message!r}")
         conversation = get_conv_template(sft_format)
         conversation.set_system_message(system_prompt)
         for message in conversations:

@@ -10,8 +10,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ class AnswerConfig(ModelConfig):
     output: str | None = None
     image_root: str = "."
     batch_size: int = 8
+    workers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +73,10 @@ class AnswerConfig(ModelConfig):
         for key in ("question", "images", "conversation", "stream", "trace"):
             if self.prompts is not None and (value := getattr(self, key)):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
+            raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -318,35 +325,44 @@ def answer_file(config: AnswerConfig, path: str, output: str) -> int:
     with Results(output, settings) as results:
         results.write(errors)
         if any(prompt.id not in results.lines for prompt in prompts):
-            model = DoLaJanusWrapper(checkpoint.load_model(config))
-            how: Any = {"batch_size": config.batch_size, "seed": config.seed, "compare": config.compare}
-            write_answers(model, processor, prompts, results, config.generation, **how)
+            done = results.lines.keys()
+            if config.workers:
+                from janus_dola.programs.ray_workers import answer_with_workers
+
+                lines = answer_with_workers(config, dtype, prompts, done)
+            else:
+                model = DoLaJanusWrapper(checkpoint.load_model(config))
+                how: Any = {"batch_size": config.batch_size, "seed": config.seed, "compare": config.compare}
+                lines = answer_lines(model, processor, prompts, config.generation, **how, done=done)
+            with closing(lines):
+                for line in lines:
+                    results.write([line])
         failed = sum("error" in line for line in results.lines.values())
         if failed:
             print(f"{failed} of {len(prompts) + len(errors)} prompts are errors in {output}", file=sys.stderr)
         return 1 if failed else 0
 
 
-def write_answers(
+def answer_lines(
     model: DoLaJanusWrapper,
     processor: Any,
     prompts: Sequence[Prompt],
-    results: Results,
     generation: Mapping[str, Any],
     *,
     batch_size: int = 8,
     seed: int = 0,
     compare: bool = False,
-) -> None:
-    """Answers the prompts that have no line in `results`; see `answer_file` and `answer_many`."""
+    done: Collection[str | int] = (),
+) -> Generator[dict[str, Any], None, None]:
+    """The lines of the prompts that have none yet, as they come; see `answer_file` and `answer_many`."""
 
     def configs(prompt: Prompt) -> list[DoLaConfig]:
         off = replace(prompt.dola, use_dola_lm=False)
         return [prompt.dola, off] if compare and prompt.dola.use_dola_lm else [prompt.dola]
 
-    how: Any = {"batch_size": batch_size, "seed": seed, "done": results.lines.keys()}
+    how: Any = {"batch_size": batch_size, "seed": seed, "done": done}
     for prompt, outcome in answer_many(model, processor, prompts, configs, generation, **how):
-        results.write([as_line(prompt, outcome, compare)])
+        yield as_line(prompt, outcome, compare)
 
 
 def as_line(prompt: Prompt, outcome: Outcome, compare: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from janus_dola.wrapper import DoLaJanusWrapper
 
 
 def pick_device(device: str, dtype: str, stored: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that the config's words stand for; `stored` is the checkpoint's dtype.
+    """The device and dtype that the config names; `stored` is the checkpoint's dtype.
 
     Raises:
         ValueError: The device is unknown, or not on this machine.
@@ -82,7 +82,7 @@ def load_config(path: str) -> Any:
     given, _ = MultiModalityConfig.get_config_dict(path)
     if not isinstance(given, dict) or given.get("model_type") not in ("multi_modality", "janus"):
         raise ValueError(
-            f"model_path {path!r} is no Janus checkpoint: its config.json has no model_type multi_modality or janus"
+            f"model_path {path!r} is not a Janus checkpoint: its config.json has no model_type multi_modality or janus"
         )
     if given["model_type"] == "janus" and not isinstance(given.get("text_config"), dict):  # as MultiModalityConfig does
         raise ValueError(f"config.json: text_config must be a mapping, got {given.get('text_config')!r}")
@@ -93,14 +93,14 @@ def load_processor(config: ModelConfig) -> Any:
     """The checkpoint's processor, after checking all that can be known without its weights.
 
     Raises:
-        ValueError: There is no Janus checkpoint, or it lacks a layer of the DoLa keys or a word of `generation`.
+        ValueError: There is no Janus checkpoint, or it lacks a layer of the DoLa keys or a token of `generation`.
     """
     path = config.model_path
     folder = Path(path)
     if not path:
         raise ValueError("model_path must be a folder or a name on the hub, got ''")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model_path {path!r} is no checkpoint: it has no config.json")
+        raise ValueError(f"model_path {path!r} is not a checkpoint: it has no config.json")
     if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(
             f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
@@ -109,11 +109,11 @@ def load_processor(config: ModelConfig) -> Any:
         model_config = load_config(path)
         language_config = model_config.get_text_config()
         config.resolve_layers(language_config.num_hidden_layers)
-        words = language_config.vocab_size
+        V = language_config.vocab_size
         for key in TOKEN_IDS:  # transformers would find out in the last step, or when the first row ends
             for token in as_list(config.generation.get(key)):
-                if token is not None and token >= words:
-                    raise ValueError(f"generation.{key} must be below {words}, the model's words, got {token}")
+                if token is not None and token >= V:
+                    raise ValueError(f"generation.{key} must be below {V}, the model's vocabulary, got {token}")
         if model_config.model_type == "multi_modality":
             processor = VLChatProcessor.from_pretrained(path)
             check_images(processor, **tower_sizes(**model_config.vision_config.params))

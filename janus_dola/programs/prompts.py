@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL.Image import Image
 
 from janus_dola.config import DoLaConfig
 from janus_dola.programs.options import explain, first_line, refuse_interpolations, unknown_key
@@ -114,7 +115,7 @@ def read_prompts(
             answer = _answer(given, image_root)
             turns = _turns(given, roles)
             own_dola = _dola(given, dola, language_config.num_hidden_layers)
-            length = _length(turns, processor)
+            length = prompt_length(turns, processor)
             if length + max_new_tokens > language_config.max_position_embeddings:
                 raise ValueError(
                     f"too long: the prompt's {length} tokens and {max_new_tokens} new ones (max_new_tokens) are more "
@@ -197,7 +198,7 @@ def _dola(given: Mapping[str, Any], dola: DoLaConfig, num_layers: int) -> DoLaCo
     return dola
 
 
-def _length(turns: list[dict[str, Any]], processor: Any) -> int:
+def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:
     """Tokens of the prompt that `process_one` will make, without opening the images."""
     text = processor.apply_sft_template_for_multi_turn_prompts(
         turns, sft_format=processor.sft_format, system_prompt=processor.system_prompt
@@ -209,7 +210,7 @@ def _length(turns: list[dict[str, Any]], processor: Any) -> int:
 def build_conversation(
     roles: Sequence[str],
     question: str | None,
-    images: Sequence[str] = (),
+    images: Sequence[str | Image] = (),
     conversation: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """The turns to ask the model, the last one empty for its answer.
@@ -217,7 +218,7 @@ def build_conversation(
     Args:
         roles: The names of user and assistant.
         question: One question; image tags are put in front of it unless it has some.
-        images: Paths or data URLs, for `question`.
+        images: Paths, data URLs or PIL images, for `question`.
         conversation: Instead of `question`: turns with `content`, the user's first, and optional `role` and `images`.
 
     Raises:

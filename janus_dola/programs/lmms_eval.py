@@ -1,0 +1,157 @@
+"""Janus with DoLa as a model of lmms-eval, which finds it by the entry point in pyproject.toml: --model janus_dola.
+
+python -m lmms_eval --model janus_dola --model_args pretrained=deepseek-ai/Janus-Pro-7B,alpha=0.1 --tasks pope
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+from PIL.Image import Image
+from transformers import GenerationConfig
+
+from janus.utils.io import load_pil_images
+from janus_dola.programs import checkpoint
+from janus_dola.programs.answer import answer_many, check_batch, generate_arguments
+from janus_dola.programs.options import ModelConfig, as_list, check_generation, read_config
+from janus_dola.programs.prompts import IMAGE_TAG, Prompt, build_conversation, prompt_length
+
+WINDOW = 32  # batches whose images are in memory together, to make batches of prompts of like lengths from
+
+
+class JanusDoLa(lmms):
+    """The model. Under `accelerate launch` each process has one, on a device of its own, and answers its share.
+
+    Args:
+        pretrained: `model_path` of configs/default.yaml: a folder, or a name on the hub.
+        batch_size: Requests answered together.
+        keys: Those of `ModelConfig` (DoLa's, `roles`, `device`, `dtype`, `seed`, `generation.KEY`), as on the command
+            lines; `config=FILE`. A task's own arguments of `generate` win over `generation`.
+
+    Raises:
+        ValueError: A key is unknown, or a value is wrong.
+    """
+
+    def __init__(self, pretrained: str, batch_size: int | str = 1, **keys: Any) -> None:
+        super().__init__()
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            keys["device"] = self.accelerator.device
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.options = read_config(ModelConfig, [f"{key}={v}" for key, v in {**keys, "model_path": pretrained}.items()])
+        self.model, self.processor = checkpoint.load(self.options)
+        self.device, self.batch_size = self.model.device, int(batch_size)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers to requests (context, arguments of `generate` and `until`, doc_to_visual, doc_id, task, split).
+
+        Raises:
+            ValueError: An argument of `generate` is refused, or a request cannot be answered: no score has a hole.
+        """
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # requests with the same arguments
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        seen: Counter[str] = Counter()
+        how: Any = {"batch_size": self.batch_size, "seed": self.options.seed}
+        for group in groups.values():
+            given = requests[group[0]].args[1]
+            arguments, until = self.arguments(given), as_list(given.get("until") or [])
+            for start in range(0, len(group), WINDOW * self.batch_size):
+                window = group[start : start + WINDOW * self.batch_size]
+                prompts = {prompt.id: (i, prompt) for i in window for prompt in [self.prompt(requests[i], seen)]}
+                waiting = [prompt for _, prompt in prompts.values()]
+                for prompt, outcome in answer_many(
+                    self.model, self.processor, waiting, lambda prompt: [prompt.dola], arguments, **how
+                ):
+                    if outcome.error is not None:
+                        raise ValueError(f"{prompt.id}: {outcome.error}")
+                    answers[prompts[prompt.id][0]] = cut(outcome.answers[0]["text"], until)
+        return answers
+
+    def prompt(self, request: Any, seen: Counter[str]) -> Prompt:
+        """A request as a prompt. Its id seeds sampling: of its task, document and how often that was `seen` before."""
+        context, _, *where = request.args
+        turns = self.turns(context, *where)
+        _, doc_id, task, split = where
+        name = f"{task}/{split}/{doc_id}"
+        seen[name] += 1
+        return Prompt(f"{name}/{seen[name]}", turns, self.model.config, prompt_length(turns, self.processor))
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A task's arguments for `generate`, over the model's; what is not one, as `until`, is left out.
+
+        As in lmms-eval's own models, a temperature of 0 means greedy search, and another one sampling, unless
+        `do_sample` says something else.
+        """
+        names = vars(GenerationConfig())
+        arguments = self.options.generation | {k: v for k, v in given.items() if k in names and v is not None}
+        sample = given.get("do_sample", "temperature" in given or arguments.get("do_sample"))
+        arguments["do_sample"] = bool(sample and arguments.get("temperature", 1))
+        if not arguments["do_sample"]:
+            for name in ("temperature", "top_p", "top_k"):
+                arguments.pop(name, None)
+        check_batch(arguments, self.batch_size)
+        check_generation(arguments)
+        return arguments
+
+    def turns(self, context: str, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[dict[str, Any]]:
+        """The conversation of a request: images where the context has as many <image>, or else before it."""
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        if wrong := [type(image).__name__ for image in images if not isinstance(image, Image)]:
+            raise ValueError(f"{task}/{split}/{doc_id}: janus_dola takes images alone, got {wrong[0]}")
+        tag = IMAGE_TAG if context.count("<image>") == len(images) else ""
+        return build_conversation(self.options.roles, context.replace("<image>", tag), images)
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """For requests (context, continuation, doc_to_visual, doc_id, task, split) a loss, and whether it is greedy.
+
+        The loss is the mean −log p̂ of the continuation's tokens, not a log-probability: lmms-eval chooses the
+        continuation with the least (its issue 370), since that is what its own models return. Continuations of one
+        context share its forward pass. A space comes before each, as after "Assistant:" in training.
+
+        Returns:
+            (loss, is_greedy) as `text` of a `GenerationResult`, since lmms-eval 0.7.3 makes a string of a bare tuple.
+        """
+        tokenizer, results = self.processor.tokenizer, []
+        for _, group in groupby([request.args for request in requests], key=lambda args: (args[0], args[3:])):
+            choices = list(group)
+            context, _, doc_to_visual, doc_id, task, split = choices[0]
+            doc = self.task_dict[task][split][doc_id]
+            texts = [text(doc) if callable(text) else text for _, text, *_ in choices]
+            turns = self.turns(context, doc_to_visual, doc_id, task, split)
+            inputs = self.processor(conversations=turns, images=load_pil_images(turns))
+            inputs = inputs.to(self.model.device, self.model.dtype)
+            prompt = self.model.prepare_inputs_embeds(**inputs)  # [1, P, d]
+            rows = [tokenizer.encode(" " + text.lstrip(), add_special_tokens=False) for text in texts]
+            T = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])  # [choices, T]
+            known = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+            log_p = self.model.score(prompt, continuation_ids=ids, continuation_mask=known).sum(-1).cpu()  # [choices]
+            arguments = generate_arguments(tokenizer, {"do_sample": False, "max_new_tokens": T})
+            greedy = self.model.generate(inputs_embeds=prompt, attention_mask=inputs.attention_mask, **arguments)
+            for loss, row in zip((-log_p / known.sum(-1)).tolist(), rows, strict=True):
+                results.append(GenerationResult((loss, greedy[0, : len(row)].tolist() == row)))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        raise NotImplementedError("janus_dola answers one question at a time: it cannot run generate_until_multi_round")
+
+    def clean(self) -> None:
+        """Gives back the model's memory; lmms-eval calls it when all requests are answered."""
+        del self.model
+        super().clean()
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text up to the first stop string."""
+    for stop in until:
+        text = text.split(stop, 1)[0] if stop else text
+    return text.strip()

@@ -1,0 +1,124 @@
+"""A file of prompts answered by Ray Data actors, on this machine or a cluster; whoever asks writes the answers.
+
+Batches are those of one process, and each is a task: it is done again, by another actor, where its own was killed.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from janus_dola.config import DoLaConfig
+from janus_dola.programs import checkpoint
+from janus_dola.programs.answer import AnswerConfig, answer_lines
+from janus_dola.programs.prompts import Prompt
+from janus_dola.wrapper import DoLaJanusWrapper
+
+
+class Worker:
+    """An actor: answers a batch of prompts. The model is loaded for the first, so that what is wrong with it is said.
+
+    Args:
+        config: The run's.
+        folder: Where the run was started; its relative paths are from there.
+        threads: CPU threads to use.
+    """
+
+    def __init__(self, config: AnswerConfig, folder: str, threads: int) -> None:
+        self.config, self.folder, self.threads = config, folder, threads
+        self.loaded: tuple[DoLaJanusWrapper, Any] | None = None
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        try:
+            return {"lines": json.dumps(list(self.answer(**json.loads(row["batch"])))), "error": ""}
+        except (ValueError, OSError) as error:  # the user's, for the driver to raise: Ray would not keep its type
+            return {"lines": "[]", "error": str(error)}
+
+    def answer(self, prompts: list[dict[str, Any]], done: list[str | int]) -> Iterator[dict[str, Any]]:
+        if self.loaded is None:
+            os.chdir(self.folder)
+            torch.set_num_threads(self.threads)
+            self.loaded = checkpoint.load(self.config)
+        own = [{"dola": DoLaConfig(**prompt["dola"]), "choices": tuple(prompt["choices"])} for prompt in prompts]
+        batch = [Prompt(**prompt | typed) for prompt, typed in zip(prompts, own, strict=True)]
+        how: Any = {key: getattr(self.config, key) for key in ("batch_size", "seed", "compare")}
+        return answer_lines(*self.loaded, batch, self.config.generation, **how, done=done)
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Without what is written to the standard error stream past Python."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def answer_with_workers(
+    config: AnswerConfig, dtype: torch.dtype, prompts: Sequence[Prompt], done: Collection[str | int] = ()
+) -> Generator[dict[str, Any], None, None]:
+    """The lines of `answer_lines` with `config.workers` actors, as they come, and with its progress bar.
+
+    The cluster is that of RAY_ADDRESS, or one on this machine, which ends with the iterator.
+
+    Args:
+        config: The run's; checkpoint and images must have the same paths on all machines.
+        dtype: Of the weights, on all machines.
+        prompts: As `read_prompts` gives them.
+        done: Ids of prompts that need no answer; see `answer_many`.
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it has to say is raised, too
+    rest, size = sorted(prompts, key=lambda prompt: -prompt.length), config.batch_size
+    batches = [rest[i : i + size] for i in range(0, len(rest), size)]
+    batches = [batch for batch in batches if any(prompt.id not in done for prompt in batch)]
+    rows = []
+    for batch in batches:
+        given = {"prompts": [asdict(prompt) for prompt in batch], "done": [p.id for p in batch if p.id in done]}
+        rows.append({"batch": json.dumps(given)})  # a string: lists of different lengths are no column
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # this it says itself, on file descriptor 2
+        with silent_stderr():
+            quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+            ray.init(os.environ.get("RAY_ADDRESS", "local"), **quiet)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        resources, workers = ray.cluster_resources(), min(config.workers, len(rows))
+        cpus, gpus = resources.get("CPU", 1), 0 if config.device == "cpu" else resources.get("GPU", 0)
+        threads = max(1, min(torch.get_num_threads(), int(cpus) // workers))
+        answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            Worker,
+            fn_constructor_args=(replace(config, dtype=str(dtype).removeprefix("torch.")), os.getcwd(), threads),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            # Shares that all actors fit into, and one of the CPUs for Ray's own tasks.
+            num_cpus=0 if gpus else 1 / math.ceil((workers + 1) / cpus),
+            num_gpus=1 / math.ceil(workers / gpus) if gpus else None,
+        )
+        left = sum(map(len, batches))
+        with tqdm(total=len(rest), initial=len(rest) - left, desc="prompts", unit="prompt", disable=None) as progress:
+            for row in answers.iter_rows():
+                if row["error"]:
+                    raise ValueError(row["error"])
+                lines = json.loads(row["lines"])
+                yield from lines
+                progress.update(len(lines))
+    finally:
+        if started:
+            ray.shutdown()
