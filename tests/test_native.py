@@ -224,7 +224,7 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
     ("change", "arguments", "message"),
     [
         ("", ["candidate_layers=[31]"], "candidate_layers must be in 1...30, the model's layers, got 31"),
-        ("", ["generation.pad_token_id=475"], "generation.pad_token_id must be below 475, the model's vocabulary, got 475"),
+        ("", ["generation.pad_token_id=475"], "pad_token_id must be below 475, the model's vocabulary"),
         ("model_type", [], "has no model_type multi_modality or janus"),
         ("text_config", [], "config.json: text_config must be a mapping, got None"),
         (
