@@ -154,7 +154,7 @@ def test_load_pil_images_refuses(conversations: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"conversations": "hi"}, "conversations must be a list of turns .* got 'h'"),
+        ({"conversations": "hi"}, "conversations must be turns with role and content, both strings; got 'h'"),
         ({"conversations": [{"content": "x"}]}, "turns with role and content"),
         ({"conversations": [{"role": "<|User|>", "content": None}]}, "turns with role and content"),
         ({"prompt": 5}, "prompt must be text that UTF-8 can encode, got 5"),
