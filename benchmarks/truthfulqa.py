@@ -25,7 +25,7 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.programs.calibrate import BASELINE, interval
 from janus_dola.programs.options import first_line, read_config, run_program
-from janus_dola.programs.prompts import fingerprint
+from janus_dola.programs.prompts import encode_continuations, fingerprint
 from janus_dola.programs.results import Results
 
 MEASURES = ("MC1", "MC2", "MC3")
@@ -173,12 +173,11 @@ def ask(
     """MC1, MC2 and MC3 of one question under each configuration."""
     prompt = tokenizer(f"{PRIMER}Q: {question['question']}\nA:", return_tensors="pt").input_ids
     answers = [*question["true"], *question["false"]]
-    encoded = [tokenizer(" " + answer, add_special_tokens=False).input_ids for answer in answers]
-    T = max(map(len, encoded))
+    ids, known = encode_continuations(tokenizer, answers)
     scores = model.score(
         input_ids=prompt,
-        continuation_ids=torch.tensor([ids + [0] * (T - len(ids)) for ids in encoded]),
-        continuation_mask=torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in encoded]),
+        continuation_ids=ids,
+        continuation_mask=known,
         configs=list(configs.values()),
     ).sum(-1)  # [configs, answers]
     n_true, best = len(question["true"]), question["true"].index(question["best"])

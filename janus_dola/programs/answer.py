@@ -28,7 +28,15 @@ from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
 from janus_dola.programs.options import CONFIGS, ModelConfig, as_list, check_generation, first_line, read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, fingerprint, read_prompts
+from janus_dola.programs.prompts import (
+    DOLA_KEYS,
+    IMAGE_TAG,
+    Prompt,
+    build_conversation,
+    encode_continuations,
+    fingerprint,
+    read_prompts,
+)
 from janus_dola.programs.results import Results
 from janus_dola.trace import DoLaTrace, answer_lengths
 from janus_dola.wrapper import DoLaJanusWrapper
@@ -265,12 +273,9 @@ def _score(
     configs: Sequence[DoLaConfig],
 ) -> list[list[float]]:
     """Mean log-probability of each text's tokens after the prompt [1, T, d], under each configuration."""
-    encoded = [tokenizer.encode(" " + text, add_special_tokens=False) for text in texts]
-    T = max(map(len, encoded))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in encoded], device=embeds.device)
-    known = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in encoded], device=embeds.device)
+    ids, known = encode_continuations(tokenizer, texts)
     scores = model.score(embeds, attention_mask=mask, continuation_ids=ids, continuation_mask=known, configs=configs)
-    return (scores.sum(-1) / known.sum(-1)).tolist()
+    return (scores.sum(-1).cpu() / known.sum(-1)).tolist()
 
 
 def is_sampling(model: DoLaJanusWrapper, generation: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from janus_dola.programs.answer import Outcome, answer_many, check_batch
 from janus_dola.programs.options import ModelConfig, check_generation, read_config
 from janus_dola.programs.prompts import Prompt, fingerprint, read_prompts, yes_or_no
 from janus_dola.programs.results import Results
+from janus_dola.wrapper import DoLaJanusWrapper
 
 BASELINE = "off"
 OUTPUT = "outputs/calibrated.yaml"
@@ -200,7 +201,7 @@ def run(argv: Sequence[str]) -> None:
     with Results(output.with_suffix(".results.jsonl"), settings) as results:
         refuse(config, [*errors, *results.lines.values()])
         if any(prompt.id not in results.lines for prompt in prompts):
-            model = checkpoint.DoLaJanusWrapper(checkpoint.load_model(config))
+            model = DoLaJanusWrapper(checkpoint.load_model(config))
             how: Any = {"batch_size": config.batch_size, "seed": config.seed, "done": results.lines.keys()}
             every = list(named.values())
             for prompt, outcome in answer_many(

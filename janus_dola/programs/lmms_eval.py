@@ -20,7 +20,7 @@ from janus.utils.io import load_pil_images
 from janus_dola.programs import checkpoint
 from janus_dola.programs.answer import answer_many, check_batch, generate_arguments
 from janus_dola.programs.options import ModelConfig, as_list, check_generation, read_config
-from janus_dola.programs.prompts import IMAGE_TAG, Prompt, build_conversation, prompt_length
+from janus_dola.programs.prompts import IMAGE_TAG, Prompt, build_conversation, encode_continuations, prompt_length
 
 WINDOW = 32  # batches whose images are in memory together, to make batches of prompts of like lengths from
 
@@ -115,7 +115,7 @@ class JanusDoLa(lmms):
 
         The loss is the mean −log p̂ of the continuation's tokens, not a log-probability: lmms-eval chooses the
         continuation with the least (its issue 370), since that is what its own models return. Continuations of one
-        context share its forward pass. A space comes before each, as after "Assistant:" in training.
+        context share its forward pass.
 
         Returns:
             (loss, is_greedy) as `text` of a `GenerationResult`, since lmms-eval 0.7.3 makes a string of a bare tuple.
@@ -130,15 +130,13 @@ class JanusDoLa(lmms):
             inputs = self.processor(conversations=turns, images=load_pil_images(turns))
             inputs = inputs.to(self.model.device, self.model.dtype)
             prompt = self.model.prepare_inputs_embeds(**inputs)  # [1, P, d]
-            rows = [tokenizer.encode(" " + text.lstrip(), add_special_tokens=False) for text in texts]
-            T = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])  # [choices, T]
-            known = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+            ids, known = encode_continuations(tokenizer, [text.lstrip() for text in texts])  # [choices, T]
             log_p = self.model.score(prompt, continuation_ids=ids, continuation_mask=known).sum(-1).cpu()  # [choices]
-            arguments = generate_arguments(tokenizer, {"do_sample": False, "max_new_tokens": T})
+            arguments = generate_arguments(tokenizer, {"do_sample": False, "max_new_tokens": ids.shape[1]})
             greedy = self.model.generate(inputs_embeds=prompt, attention_mask=inputs.attention_mask, **arguments)
-            for loss, row in zip((-log_p / known.sum(-1)).tolist(), rows, strict=True):
-                results.append(GenerationResult((loss, greedy[0, : len(row)].tolist() == row)))
+            for loss, row, mask in zip((-log_p / known.sum(-1)).tolist(), ids, known.bool(), strict=True):
+                text_ids = row[mask].tolist()
+                results.append(GenerationResult((loss, greedy[0, : len(text_ids)].tolist() == text_ids)))
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

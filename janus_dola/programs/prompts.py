@@ -207,6 +207,17 @@ def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:
     return len(processor.add_image_token((ids == processor.image_id).nonzero(), ids)[0])
 
 
+def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `DoLaJanusWrapper.score` takes of texts that continue a prompt: ids and mask, int64 [texts, T].
+
+    A space comes before each, as after "Assistant:" in training.
+    """
+    encoded = [tokenizer.encode(" " + text, add_special_tokens=False) for text in texts]
+    T = max(map(len, encoded))
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in encoded])
+    return ids, torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in encoded])
+
+
 def build_conversation(
     roles: Sequence[str],
     question: str | None,
