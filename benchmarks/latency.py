@@ -1,6 +1,6 @@
 """What DoLa costs: python -m benchmarks.latency [key=value ...], for example shape=[1b,7b] batch=[1,4] layers=[1,4,8]
 
-Time per new token, time of the prompt (prefill) and peak memory of four ways to decode, for each combination of the
+Time per new token, time of the prompt (prefill) and peak memory of several ways to decode, for each combination of the
 settings. The runs interleave with rotating order (A B C D, B C D A, ...), and ratios to the baseline are taken within a
 round, so that a machine that gets slower or faster slows all of them.
 """
@@ -27,14 +27,13 @@ from tqdm import tqdm
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-from janus_dola.config import DoLaConfig, by_row
+from janus_dola.config import METHODS, DoLaConfig, by_row
 from janus_dola.exits import ExitView
 from janus_dola.programs.checkpoint import load_model, pick_device
 from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper, DoLaLogitsProcessor
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
-ALPHA = 0.1
 # The language models of Janus-Pro: layers, hidden size, intermediate size, heads, words. Their weights are random here.
 SHAPES = {
     "1b": (24, 2048, 5632, 16, 102_400),
@@ -151,6 +150,8 @@ def hidden_states(model: Any, layers: tuple[int, ...]) -> tuple[Any, Callable[[]
 VARIANTS: dict[str, Any] = {
     "baseline": None,
     "dola": None,
+    "deco": None,
+    "sled": None,
     "one call per exit": one_call_per_exit,
     "hidden states": hidden_states,
 }
@@ -168,13 +169,15 @@ def candidates(num_layers: int, J: int) -> tuple[int, ...]:
 def generate(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> Tensor:
     """`DoLaJanusWrapper.generate`, or the same with the exits read in another way."""
     layers = candidates(wrapper.num_layers, J)
-    wrapper.config = DoLaConfig(use_dola_lm=variant != "baseline", alpha=ALPHA, candidate_layers=list(layers))
+    method = variant if variant in METHODS else "dola"
+    wrapper.config = DoLaConfig(use_dola_lm=variant != "baseline", method=method, candidate_layers=list(layers))
     if VARIANTS[variant] is None:
         return wrapper.generate(**kwargs)
     model, exits = VARIANTS[variant](wrapper.model, layers)
-    _, eligible, alpha = by_row([wrapper.config], wrapper.num_layers)
+    rows = by_row([wrapper.config], wrapper.num_layers)
     logging.set_verbosity_error()  # transformers warns that hidden states are not returned: they are read on their way
-    return model.generate(logits_processor=[DoLaLogitsProcessor(exits, eligible, alpha, -math.inf)], **kwargs)
+    processor = DoLaLogitsProcessor(lambda: ((read := exits()), read[:, -1]), rows, -math.inf)  # SLED's the last
+    return model.generate(logits_processor=[processor], **kwargs)
 
 
 # What to decode with.
@@ -286,8 +289,8 @@ def arithmetic(model: Any, setting: Setting) -> float:
         .mul_(3)
         .to(model.dtype)
     )
-    eligible, alpha = torch.ones(rows, J, dtype=torch.bool), torch.full((rows,), ALPHA)
-    processor = DoLaLogitsProcessor(lambda: logits[:, :-1], eligible, alpha, -math.inf)
+    config = DoLaConfig(candidate_layers=list(range(1, J + 1)))
+    processor = DoLaLogitsProcessor(lambda: (logits[:, :-1], logits[:, -1]), by_row([config] * rows, J + 1), -math.inf)
     tokens, scores = torch.zeros(rows, 1, dtype=torch.long, device=model.device), logits[:, -1].float()
     seconds = []
     for _ in range(30):

@@ -1,13 +1,19 @@
 """The configuration of DoLa: a structured config for OmegaConf, and its checks."""
 
+import difflib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from janus_dola.dola_runtime import candidates_in_bucket
+from janus_dola.dola_runtime import buckets, candidates_in_bucket
+
+# The keys of each method, its strength first.
+METHODS = {"dola": ("alpha",), "deco": ("deco_alpha",), "sled": ("sled_rate", "sled_top_k")}
 
 
 @dataclass
@@ -20,18 +26,32 @@ class DoLaConfig:
             one are out. 0 keeps every token.
         candidate_layers: Layers to choose the premature layer from, counted from 1. Wins over `bucket_id`. One layer is
             static DoLa; none, or the last layer alone, leaves nothing to subtract.
-        bucket_id: 0, 1 or 2: candidates from the lower, middle or upper third of the layers.
+        bucket_id: 0, 1 or 2: candidates from the lower, middle or upper third of the layers. DeCo and SLED take all
+            layers of it; DeCo's upper one is what its paper uses, layers 20 to 28 of 32.
+        method: dola, deco or sled: what is done with the exits, see `dola_runtime`. A key of another is refused.
+        deco_alpha: DeCo's α, at least 0: how much of the chosen exit's logits is added.
+        sled_rate: SLED's evolution rate η, at least 0: how far the logits move.
+        sled_top_k: SLED's evolution scale k: the tokens that remain; the paper has 10 for generation, 75 and more for
+            multiple choice.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or of another method.
     """
 
     use_dola_lm: bool = True
     alpha: float = 0.1
     candidate_layers: list[int] | None = None
     bucket_id: int = 2
+    method: str = "dola"
+    deco_alpha: float = 0.6
+    sled_rate: float = 2.0
+    sled_top_k: int = 10
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(str(self.method), METHODS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"method must be dola, deco or sled, got {self.method!r}{hint}")
         if not isinstance(self.alpha, Real) or not 0 <= self.alpha <= 1:  # also refuses NaN
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha!r}")
         if not isinstance(self.bucket_id, Integral) or self.bucket_id not in (0, 1, 2):
@@ -39,6 +59,17 @@ class DoLaConfig:
         layers = () if self.candidate_layers is None else self.candidate_layers
         if not isinstance(layers, Sequence) or any(not isinstance(layer, int) or layer < 1 for layer in layers):
             raise ValueError(f"candidate_layers must be integers from 1 to the number of layers, got {layers!r}")
+        for key in ("deco_alpha", "sled_rate"):
+            value = getattr(self, key)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{key} must be a number of at least 0, got {value!r}")
+        if not isinstance(self.sled_top_k, Integral) or self.sled_top_k < 1:
+            raise ValueError(f"sled_top_k must be an integer of at least 1, got {self.sled_top_k!r}")
+        defaults = {key.name: key.default for key in fields(DoLaConfig)}
+        for method, keys in METHODS.items():
+            for key in keys:
+                if method != self.method and (value := getattr(self, key)) != defaults[key]:
+                    raise ValueError(f"{key} is of method {method}, got {key}={value!r} with method {self.method!r}")
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The candidate layers for a model of `num_layers` decoder layers, lowest first, each once.
@@ -46,34 +77,60 @@ class DoLaConfig:
         Raises:
             ValueError: A candidate is not one of the model's layers, or the model is too small for buckets.
         """
-        if self.candidate_layers is None:
+        if self.candidate_layers is None and self.method == "dola":
             return candidates_in_bucket(num_layers, self.bucket_id)
+        if self.candidate_layers is None:
+            first, last = buckets(num_layers)[self.bucket_id]
+            if self.method == "deco" and self.bucket_id == 2:
+                first, last = 5 * num_layers // 8, 7 * num_layers // 8
+            return tuple(range(first, last + 1))
         layers = tuple(sorted(set(self.candidate_layers)))
         if layers and layers[-1] > num_layers:
             raise ValueError(f"candidate_layers must be in 1...{num_layers}, the model's layers, got {layers[-1]}")
         return layers
 
 
-def by_row(
-    configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int] | None = None
-) -> tuple[tuple[int, ...], Tensor, Tensor]:
-    """What `dola_runtime.choose` needs of configurations, one per row. A row with DoLa off subtracts nothing from q_N.
+class Rows(NamedTuple):
+    """Configurations, one per row, as `dola_runtime.choose` needs them.
+
+    Attributes:
+        layers: The J exits j < N to be read, lowest first.
+        candidates: Which of them each row may choose from, bool [rows, J].
+        strength: Of each row's method, float64 [rows].
+        methods: Of each row (method, top_k).
+    """
+
+    layers: tuple[int, ...]
+    candidates: Tensor
+    strength: Tensor
+    methods: list[tuple[str, int]]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit."""
+        return not self.candidates.any() and not self.strength.any()
+
+
+def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int] | None = None) -> Rows:
+    """Configurations as tensors. A row with DoLa off subtracts nothing from q_N.
 
     Args:
         configs: Their values are checked again: they may have been changed since they were made.
         num_layers: N.
         layers: The exits to read; by default all that are some row's candidates.
 
-    Returns:
-        The J exits j < N, lowest first; candidates, bool [rows, J]; alpha, float64 [rows].
-
     Raises:
         ValueError: There is none, one is something else, or does not fit the model.
     """
     if not configs or not all(isinstance(config, DoLaConfig) for config in configs):
         raise ValueError(f"configs must be a list of at least one DoLaConfig, got {configs!r}")
-    on = [replace(config) if config.use_dola_lm else DoLaConfig(alpha=0.0, candidate_layers=[]) for config in configs]
+    off = DoLaConfig(alpha=0.0, candidate_layers=[])
+    on = [replace(config) if config.use_dola_lm else off for config in configs]
     own = [{j for j in config.resolve_layers(num_layers) if j < num_layers} for config in on]
+    # Without an exit DeCo and SLED have nothing to add; DoLa still limits q_N to V_head.
+    on = [config if each or config.method == "dola" else off for config, each in zip(on, own, strict=True)]
     exits = tuple(sorted(set().union(*own)) if layers is None else layers)
     candidates = torch.tensor([[j in each for j in exits] for each in own], dtype=torch.bool)
-    return exits, candidates, torch.tensor([config.alpha for config in on], dtype=torch.float64)
+    strength = [getattr(config, METHODS[config.method][0]) for config in on]
+    methods = [(config.method, config.sled_top_k) for config in on]
+    return Rows(exits, candidates, torch.tensor(strength, dtype=torch.float64), methods)

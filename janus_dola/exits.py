@@ -106,7 +106,7 @@ class ExitView:
         self.hidden: dict[int, Tensor] = {}
         self._copies: dict[nn.Module, Any] = {model: self.model}
         self._layers, self._ln_out = layers, model.get_decoder().norm
-        self._exits: Any = None
+        self._logits: Any = None
         for name, _ in model.named_modules() if whole else ():
             self.own(name.split(".") if name else [])
         path = path_to(model.get_decoder().layers, model)
@@ -137,10 +137,10 @@ class ExitView:
             copy._modules[name] = copy = self._copies[module]
         return copy
 
-    def take(self) -> Tensor:
-        """Logits of the exits in `generate`'s last forward pass, [rows, J, V], in the model's dtype; given once."""
-        exits, self._exits = self._exits, None
-        return exits
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The last forward pass' logits of the exits, [rows, J, V], and of the final layer, [rows, V]; given once."""
+        logits, self._logits = self._logits, None
+        return logits[:, : len(self._layers)], logits[:, -1]
 
     def state(self) -> set[tuple[Any, ...]]:
         """What the copied modules consist of: where it is not `made_of`, a hook, child or attribute has changed."""
@@ -165,7 +165,7 @@ class ExitView:
         return (torch.cat([self._ln_out(exits).to(hidden), hidden], dim=1), *rest)  # [rows, J + T, d]
 
     def _keep_exits(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._exits = outputs.logits[:, : len(self._layers)]
+        self._logits = outputs.logits
         return self._update(outputs, *args, **kwargs)
 
 

@@ -57,12 +57,13 @@ def score(
     prompt, mask, ids, known = _check(
         embed, V, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
     )
-    layers, candidates, alpha = by_row([self.config] if configs is None else configs, self.num_layers)
-    candidates, alpha = candidates.to(ids.device), alpha.to(ids.device, torch.float32)
-    dynamic = bool((candidates.sum(-1) > 1).any())
+    layers, candidates, strength, methods = by_row([self.config] if configs is None else configs, self.num_layers)
+    candidates, strength = candidates.to(ids.device), strength.to(ids.device, torch.float32)
+    many = (candidates.sum(-1) > 1).tolist()
+    dynamic = any(method == "dola" and more for (method, _), more in zip(methods, many, strict=True))
     phi = _readout(model)
 
-    result = torch.zeros(len(alpha), *ids.shape, device=ids.device)  # [configs, rows, T]
+    result = torch.zeros(len(methods), *ids.shape, device=ids.device)  # [configs, rows, T]
     if chunk_size is None:
         chunk_size = max(1, CHUNK_ELEMENTS // (V * (1 + len(layers))))
     rows, positions = known.nonzero(as_tuple=True)  # [n]
@@ -72,9 +73,9 @@ def score(
         tokens = ids[rows[part], positions[part]].unsqueeze(1)  # [c, 1]
         logits = phi(hidden[part]).to(ids.device)  # [c, J + 1, V]
         reading = read(logits[:, -1], logits[:, :-1], dynamic)
-        for i in range(len(alpha)):
-            each = candidates[i].expand(len(tokens), -1), alpha[i].expand(len(tokens))
-            log_p = choose(reading, *each)[0].gather(1, tokens).squeeze(1)  # [c]
+        for i, method in enumerate(methods):
+            each = candidates[i].expand(len(tokens), -1), strength[i].expand(len(tokens))
+            log_p = choose(reading, *each, *method)[0].gather(1, tokens).squeeze(1)  # [c]
             result[i, rows[part], positions[part]] = log_p.masked_fill(log_p == -torch.inf, apc_floor).to(result)
     return result[0] if configs is None else result
 

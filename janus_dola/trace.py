@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from janus_dola.config import Rows
+
 FORMAT = "janus-dola trace 1"
 
 
@@ -27,12 +29,13 @@ class DoLaTrace:
         traced_layers: The J layers whose divergence is kept, lowest first.
         candidate_layers: The layers that M was chosen from, in any row.
         num_layers: N.
-        alpha: Threshold of V_head; a list, one for each prompt, where they differ.
+        alpha: Threshold of V_head; a list, one for each prompt, where they differ. DeCo's α and SLED's rate, too.
+        method: dola, deco or sled; a list, one for each prompt, where they differ.
         tokens: What was generated, int64 [S, T], without the prompt.
         mature_tokens: What q_N alone, after penalties, finds most likely there, int64 [S, T].
-        layers: M, int64 [S, T]; N where there was nothing to subtract.
+        layers: M, int64 [S, T]; N where there was nothing to subtract. SLED's is the layer of the greatest weight.
         jsd: JSD(q_N ‖ q_j) in nats, float32 [S, T, J].
-        head_sizes: |V_head|, int64 [S, T].
+        head_sizes: |V_head|, or how many tokens DeCo or SLED kept, int64 [S, T].
         mature_logprobs: log q_N of the token, float32 [S, T].
         logprobs: log p̂ of the token, before temperature and other warpers, float32 [S, T].
         lengths: Tokens up to and with the end-of-sequence token, int64 [S]. Past it `tokens` holds generate's padding,
@@ -51,6 +54,7 @@ class DoLaTrace:
     def _clear(self) -> None:
         self.num_layers = 0
         self.alpha: float | list[float] = 0.0
+        self.method: str | list[str] = "dola"
         self.candidate_layers: tuple[int, ...] = ()
         self.traced_layers: tuple[int, ...] = ()
         self.tokens = self.mature_tokens = self.layers = self.head_sizes = torch.zeros(0, 0, dtype=torch.long)
@@ -67,15 +71,15 @@ class DoLaTrace:
     # The wrapper's side: start, then record and chosen in each step, then finish. Nothing here waits for the device
     # before finish.
 
-    def start(
-        self, num_layers: int, layers: tuple[int, ...], candidates: Tensor, alpha: Tensor, num_beams: int, eos: Any
-    ) -> None:
-        """Forgets what was recorded; layers, candidates and alpha are as `config.by_row` gives them."""
+    def start(self, num_layers: int, rows: Rows, num_beams: int, eos: Any) -> None:
+        """Forgets what was recorded; rows are as `config.by_row` gives them."""
         self._clear()
+        layers, candidates, strength, methods = rows
         self.num_layers, self.traced_layers = num_layers, layers
         self.candidate_layers = tuple(j for j, any_row in zip(layers, candidates.any(0), strict=True) if any_row)
-        alphas = alpha.tolist()
+        alphas, names = strength.tolist(), [method for method, _ in methods]
         self.alpha = alphas if len(set(alphas)) > 1 else alphas[0]
+        self.method = names if len(set(names)) > 1 else names[0]
         self._recorder = _Recorder(num_beams, eos, torch.tensor([*layers, num_layers]))
 
     def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> None:
@@ -135,6 +139,7 @@ class DoLaTrace:
                 raise ValueError(f"format {head['format']!r}")
             trace = cls("all" if head["traces_all"] else "candidates")
             trace.num_layers, trace.alpha = head["num_layers"], head["alpha"]
+            trace.method = head.get("method", "dola")  # the only one there was at first
             trace.candidate_layers = tuple(head["candidate_layers"])
             trace.traced_layers = tuple(head["traced_layers"])
             S, T, J = len(rows), head["steps"], len(trace.traced_layers)
@@ -156,6 +161,7 @@ class DoLaTrace:
             "num_layers": self.num_layers,
             "candidate_layers": list(self.candidate_layers),
             "alpha": self.alpha,
+            "method": self.method,
             "traces_all": self.traces_all,
             "traced_layers": list(self.traced_layers),
             "steps": self.tokens.shape[1],

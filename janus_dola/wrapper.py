@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor
 
 from janus_dola.call import Call
-from janus_dola.config import DoLaConfig, by_row
+from janus_dola.config import DoLaConfig, Rows, by_row
 from janus_dola.dola_runtime import choose, read
 from janus_dola.exits import ExitView, generating_model, shallow_copy
 from janus_dola.score import score
@@ -30,32 +31,41 @@ class DoLaLogitsProcessor(LogitsProcessor):
     where DoLa belongs; so one processor serves greedy search, sampling and beams.
 
     Args:
-        exits: Gives the exits' logits of the step, [rows, J, V]; J may be 0.
-        candidates: Which of them each prompt may choose from, bool [prompts, J]; one prompt stands for all.
-        alpha: Threshold of V_head, [prompts].
+        logits: Gives those of the step: of the exits [rows, J, V], J may be 0, and of the final layer [rows, V].
+        rows: What `config.by_row` makes of the configurations, one per prompt; one prompt stands for all.
         outside: The score outside V_head.
         trace: A `DoLaTrace`, is told what happened at each step.
+        beams: Whether the scores are log-probabilities, as in beam search, and not logits.
     """
 
     def __init__(
-        self, exits: Callable[[], Tensor], candidates: Tensor, alpha: Tensor, outside: float, trace: Any = None
+        self,
+        logits: Callable[[], tuple[Tensor, Tensor]],
+        rows: Rows,
+        outside: float,
+        trace: Any = None,
+        beams: bool = False,
     ) -> None:
-        self.exits, self.candidates, self.alpha = exits, candidates, alpha
-        self.outside, self.trace = outside, trace
-        self.dynamic = trace is not None or bool((candidates.sum(-1) > 1).any())
-        # With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit, traced or not.
-        self.same = not candidates.any() and not alpha.any()
+        self.logits, self.outside, self.trace, self.beams = logits, outside, trace, beams
+        _, self.candidates, self.strength, methods = rows
+        many = (self.candidates.sum(-1) > 1).tolist()
+        # Of each row its method, top_k, and whether its JSD are needed.
+        self.kinds = [
+            (*method, trace is not None or (method[0] == "dola" and more))
+            for method, more in zip(methods, many, strict=True)
+        ]
+        self.same = rows.changes_nothing  # the baseline bit for bit, traced or not
         self.lost = torch.tensor(False)  # rows whose logits were NaN, [rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
-        each = len(scores) // len(self.alpha)  # rows of a prompt: beams, or sequences to return; the first step tells
+        each = len(scores) // len(self.kinds)  # rows of a prompt: beams, or sequences to return; the first step tells
         self.candidates = self.candidates.to(scores.device).repeat_interleave(each, 0)
-        self.alpha = self.alpha.to(scores).repeat_interleave(each)
-        exits = self.exits().to(scores.device)  # [rows, J, V]
+        self.strength = self.strength.to(scores).repeat_interleave(each)
+        self.kinds = [kind for kind in self.kinds for _ in range(each)]
+        exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
         n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
-        chunks = (rows.split(n) for rows in (scores, exits, self.candidates, self.alpha))
-        parts = zip(*map(self._step, *chunks), strict=True)
+        parts = zip(*(self._step(rows, scores, exits, final) for rows in self._chunks(n)), strict=True)
         log_qN, log_p, M_index, jsd = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
         self.lost = self.lost.to(scores.device) | log_qN[:, 0].isnan()  # one NaN makes NaN of its row
         if self.trace is not None:
@@ -64,9 +74,22 @@ class DoLaLogitsProcessor(LogitsProcessor):
             return scores
         return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
 
-    def _step(self, scores: Tensor, exits: Tensor, candidates: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
-        reading = read(scores, exits, self.dynamic)
-        return (reading.log_qN, *choose(reading, candidates, alpha), reading.jsd)
+    def _chunks(self, n: int) -> Iterator[slice]:
+        """Runs of rows of a kind, at most n long."""
+        start = 0
+        for _, run in groupby(self.kinds):
+            end = start + len(list(run))
+            yield from (slice(first, min(first + n, end)) for first in range(start, end, n))
+            start = end
+
+    def _step(self, rows: slice, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
+        method, top_k, dynamic = self.kinds[rows.start]
+        logits = scores[rows]
+        if self.beams and method == "sled":  # it compares logits of layers: a constant matters to it alone
+            logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
+        reading = read(logits, exits[rows], dynamic)
+        log_p, M_index = choose(reading, self.candidates[rows], self.strength[rows], method, top_k)
+        return reading.log_qN, log_p, M_index, reading.jsd
 
 
 class DoLaJanusWrapper:
@@ -172,23 +195,23 @@ class DoLaJanusWrapper:
             raise ValueError(f"trace must be a DoLaTrace, got {trace!r}")
         own = [replace(self.config, use_dola_lm=True)] if configs is None else configs
         N = self.num_layers
-        layers, candidates, alpha = by_row(own, N, range(1, N) if trace is not None and trace.traces_all else None)
+        rows = by_row(own, N, range(1, N) if trace is not None and trace.traces_all else None)
         if configs is not None and len(configs) != call.rows:
             raise ValueError(f"configs must be one for each of the {call.rows} prompts, got {len(configs)}")
-        if trace is None and not candidates.any() and not alpha.any():  # p̂ is q_N itself: bit for bit the baseline
+        if trace is None and rows.changes_nothing:
             return call.run()
         num_beams = call.get("num_beams") or 1
         outside = -1e9 if num_beams > 1 and call.get("do_sample") else -math.inf
         criterion = None if trace is None else TraceCriteria(trace)
         if trace is not None:
-            trace.start(N, layers, candidates, alpha, num_beams, call.get("eos_token_id"))
+            trace.start(N, rows, num_beams, call.get("eos_token_id"))
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
-        with self._view(model, layers, whole) as view:
-            processor = DoLaLogitsProcessor(view.take, candidates, alpha, outside, trace)
+        with self._view(model, rows.layers, whole) as view:
+            processor = DoLaLogitsProcessor(view.take, rows, outside, trace, num_beams > 1)
             output = call.run(processor, criterion, view.model)
         if processor.lost.any():
-            rows = processor.lost.nonzero().flatten().tolist()
-            warnings.warn(f"logits are NaN in rows {rows}; float16? try bfloat16", RuntimeWarning, stacklevel=2)
+            lost = processor.lost.nonzero().flatten().tolist()
+            warnings.warn(f"logits are NaN in rows {lost}; float16? try bfloat16", RuntimeWarning, stacklevel=2)
         if trace is not None:
             trace.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
         return output

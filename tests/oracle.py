@@ -8,6 +8,8 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from janus_dola import DoLaConfig
+
 N = 30  # layers of the golden checkpoint
 
 
@@ -26,6 +28,55 @@ def oracle_contrast(logits_N: np.ndarray, logits_M: np.ndarray | None, alpha: fl
         if logits_M is not None:
             F = F - log_softmax(logits_M[row].astype(np.float64))
         log_p[row, head] = log_softmax(F[head])
+    return log_p
+
+
+def oracle_deco(z_N: np.ndarray, exits: np.ndarray, alpha: float, k: int = 20, p: float = 0.9) -> np.ndarray:
+    """DeCo's log p̂ [rows, V] of final logits [rows, V] and exits' [rows, J, V]: row by row, token by token."""
+    log_p = np.full(z_N.shape, -np.inf)
+    for row in range(len(z_N)):
+        q_N = softmax(z_N[row].astype(np.float64))
+        C: list[int] = []
+        for x in np.argsort(-q_N, kind="stable")[:k]:
+            C.append(x)
+            if q_N[C].sum() >= p:
+                break
+        q_j = softmax(exits[row].astype(np.float64), -1)
+        M = q_j[:, C].max(-1).argmax()
+        scores = z_N[row].astype(np.float64) + alpha * q_j[M, C].max() * exits[row, M]
+        log_p[row, C] = log_softmax(scores[C])
+    return log_p
+
+
+def oracle_sled(z_N: np.ndarray, exits: np.ndarray, rate: float, k: int = 10, T: int = 10) -> np.ndarray:
+    """SLED's log p̂ [rows, V], each vector of the paper written out: m_i^(n), s^(n), P_latent, then T steps."""
+    log_p = np.full(z_N.shape, -np.inf)
+    for row in range(len(z_N)):
+        allowed = ~np.isneginf(z_N[row])
+        I_k = [i for i in np.argsort(-z_N[row], kind="stable")[:k] if allowed[i]]
+        z = z_N[row].astype(np.float64)
+        m = np.zeros((len(exits[row]), len(I_k)))
+        for n, z_n in enumerate(exits[row].astype(np.float64)):
+            q_n = softmax(z_n)
+            for place, i in enumerate(I_k):
+                gradient = q_n.copy()
+                # 1 − q_n(i) from the other tokens: where q_n is sure of i the difference has no digits left
+                gradient[i] = -np.delete(q_n, i).sum()
+                a, b = gradient[allowed], (z_n - z)[allowed]
+                norms = np.linalg.norm(a) * np.linalg.norm(b)
+                cos = a @ b / norms if norms else 0.0
+                m[n, place] = cos**2 if cos > 1e-6 else 0.0  # what is less is rounding of 0
+        if not m.any():
+            log_p[row] = log_softmax(z)
+            continue
+        sums = m.sum(1)
+        P_n = m / np.where(sums, sums, 1)[:, None]
+        s_n = sums / sums.sum()
+        P = np.zeros(len(z))
+        P[I_k] = (s_n[:, None] * P_n).sum(0)
+        for t in range(T):
+            z = z - rate * (1 - t / T) * (softmax(z) - P)
+        log_p[row, I_k] = log_softmax(z[I_k])
     return log_p
 
 
@@ -59,6 +110,17 @@ def oracle_scores(logits: np.ndarray, penalised: np.ndarray, layers: list[int], 
     qj /= qj.sum(-1, keepdims=True)
     M = oracle_jsd(q[:, None], qj).argmax(-1)
     return oracle_contrast(penalised, exits[np.arange(len(M)), M], alpha)
+
+
+def oracle_step(logits: np.ndarray, penalised: np.ndarray, config: DoLaConfig) -> np.ndarray:
+    """The same of a configuration, whatever its method."""
+    layers = [layer for layer in config.resolve_layers(N) if layer < N]
+    if config.method == "dola":
+        return oracle_scores(logits, penalised, layers, config.alpha)
+    exits = logits[:, [layer - 1 for layer in layers]]
+    if config.method == "deco":
+        return oracle_deco(penalised, exits, config.deco_alpha)
+    return oracle_sled(penalised, exits, config.sled_rate, config.sled_top_k)
 
 
 def assert_scores(got: Tensor, want: np.ndarray) -> None:

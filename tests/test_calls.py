@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
+from janus_dola.config import by_row
 from janus_dola.dola_runtime import choose, log_softmax, read
 from janus_dola.exits import ExitView
 from janus_dola.wrapper import DoLaLogitsProcessor
@@ -78,8 +79,9 @@ def test_a_wrapped_wrapper_obeys_its_own_config(model: Any, prompt: dict[str, An
 
 def step(final: Tensor, exits: Tensor) -> Tensor:
     """log p̂ [rows, V] of the logits of the final layer and of the exits."""
-    candidates = torch.ones(1, exits.shape[1], dtype=torch.bool)
-    processor = DoLaLogitsProcessor(lambda: exits, candidates, torch.tensor([0.05]), -torch.inf)
+    J = exits.shape[1]
+    rows = by_row([DoLaConfig(alpha=0.05, candidate_layers=[*range(1, J + 1)])], J + 1)
+    processor = DoLaLogitsProcessor(lambda: (exits, final), rows, -torch.inf)
     return processor(torch.zeros(len(final), 1), final)
 
 

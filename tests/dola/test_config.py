@@ -35,11 +35,38 @@ def test_candidate_layers_win_over_bucket_id() -> None:
         ({"alpha": "x"}, "alpha .* got 'x'"),
         ({"alpha": None}, "alpha .* got None"),
         ({"bucket_id": 1.0}, "bucket_id .* got 1.0"),
+        ({"method": "deko"}, "method must be dola, deco or sled, got 'deko', did you mean 'deco'?"),
+        ({"method": "opera"}, "method must be dola, deco or sled, got 'opera'$"),
+        ({"method": None}, "method must be dola, deco or sled, got None"),
+        ({"method": "deco", "alpha": 0.3}, "alpha is of method dola, got alpha=0.3 with method 'deco'"),
+        ({"deco_alpha": 1.0}, "deco_alpha is of method deco, got deco_alpha=1.0 with method 'dola'"),
+        ({"method": "deco", "sled_top_k": 5}, "sled_top_k is of method sled, got sled_top_k=5 with method 'deco'"),
+        ({"method": "deco", "deco_alpha": -0.1}, "deco_alpha must be a number of at least 0, got -0.1"),
+        ({"method": "sled", "sled_rate": math.inf}, "sled_rate must be a number of at least 0, got inf"),
+        ({"method": "sled", "sled_top_k": 0}, "sled_top_k must be an integer of at least 1, got 0"),
+        ({"method": "sled", "sled_top_k": 2.5}, "sled_top_k must be an integer of at least 1, got 2.5"),
     ],
 )
 def test_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DoLaConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_layers", "bucket_id", "want"),
+    [
+        ("deco", 32, 2, range(20, 29)),  # as its paper has it
+        ("deco", 30, 2, range(18, 27)),
+        ("deco", 4, 2, range(2, 4)),
+        ("deco", 30, 1, range(11, 21)),
+        ("sled", 30, 2, range(21, 30)),
+        ("sled", 24, 0, range(1, 9)),
+    ],
+)
+def test_deco_and_sled_take_all_layers_of_a_bucket(method: str, num_layers: int, bucket_id: int, want: range) -> None:
+    config = DoLaConfig(method=method, bucket_id=bucket_id)
+    assert config.resolve_layers(num_layers) == tuple(want)
+    assert DoLaConfig(method=method, candidate_layers=[3, 1]).resolve_layers(num_layers) == (1, 3)
 
 
 def test_layers_that_the_model_lacks_are_refused() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_model
-from oracle import N, Recorder, all_logits, assert_scores, oracle_scores
+from oracle import N, Recorder, all_logits, assert_scores, oracle_scores, oracle_step
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -26,11 +26,11 @@ CONFIGS = [
     DoLaConfig(alpha=0.0, candidate_layers=[3, 11, 29]),
     DoLaConfig(alpha=0.1, candidate_layers=[17]),  # static DoLa
     DoLaConfig(alpha=0.1, candidate_layers=[]),  # nothing to subtract, V_head alone
+    DoLaConfig(method="deco"),
+    DoLaConfig(method="deco", deco_alpha=2.0, candidate_layers=[3, 11, 29]),
+    DoLaConfig(method="sled"),
+    DoLaConfig(method="sled", sled_rate=5.0, sled_top_k=4, candidate_layers=[*range(1, N + 1)]),
 ]
-
-
-def layers_below_N(config: DoLaConfig) -> list[int]:
-    return [layer for layer in config.resolve_layers(N) if layer < N]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -50,7 +50,7 @@ def test_each_step_of_a_cached_generation_is_the_oracles(
     for tokens, got in zip(recorder.input_ids, output.scores, strict=True):
         logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], tokens)
         live = np.asarray(tokens.shape[1] == 0 or ~(tokens == 511).any(1)).repeat(1)
-        want = oracle_scores(logits, logits[:, -1], layers_below_N(config), config.alpha)
+        want = oracle_step(logits, logits[:, -1], config)
         assert_scores(got[live], want[live]) if live.shape == (len(want),) else assert_scores(got, want)
     if num_beams == 1:
         assert torch.equal(output.sequences, torch.stack([scores.argmax(-1) for scores in output.scores], 1))
@@ -131,6 +131,35 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
         assert torch.equal(got.sequences[each : 2 * each, : plain.shape[1]], plain)
 
 
+METHODS = [
+    DoLaConfig(method="sled", bucket_id=0),
+    DoLaConfig(method="deco", deco_alpha=1.5),
+    DoLaConfig(method="sled", sled_top_k=3, candidate_layers=[5, 29]),
+]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_each_row_follows_its_own_method(model: Any, prompt: dict[str, Any], num_beams: int) -> None:
+    """DoLa, DeCo and SLED in one batch, in any order, traced or not: each row as its method's oracle has it."""
+    wrapper, details = DoLaJanusWrapper(model), {"return_dict_in_generate": True, "output_scores": True}
+    for configs in (METHODS, [DoLaConfig(), METHODS[1], METHODS[0]], [METHODS[1], DoLaConfig(use_dola_lm=False)] * 2):
+        configs = configs[:3]
+        recorder, trace = Recorder(), DoLaTrace()
+        more = {"num_beams": num_beams, "configs": configs, "logits_processor": [recorder], **details}
+        output = wrapper.generate_with_dola(
+            **(prompt | {"max_new_tokens": 4, "eos_token_id": 511}), **more, trace=trace
+        )
+        for tokens, got in zip(recorder.input_ids, output.scores, strict=True):
+            logits = all_logits(model, prompt["inputs_embeds"], prompt["attention_mask"], tokens)
+            for prompt_row, config in enumerate(configs):
+                rows = slice(prompt_row * num_beams, (prompt_row + 1) * num_beams)
+                off = oracle_scores(logits[rows], logits[rows, -1], [], 0.0)
+                want = oracle_step(logits[rows], logits[rows, -1], config) if config.use_dola_lm else off
+                assert_scores(got[rows].log_softmax(-1), want)
+        assert trace.method == [config.method for config in configs]
+        assert (trace.head_sizes[0] == 10).all() or configs[0].method != "sled"
+
+
 def test_configurations_that_do_not_fit_the_rows_are_refused(model: Any, prompt: dict[str, Any]) -> None:
     wrapper = DoLaJanusWrapper(model)
     for configs, message in (
@@ -152,6 +181,8 @@ def test_configurations_that_do_not_fit_the_rows_are_refused(model: Any, prompt:
         DoLaConfig(use_dola_lm=False),
         DoLaConfig(alpha=0.0, candidate_layers=[]),
         DoLaConfig(alpha=0.0, candidate_layers=[N]),
+        DoLaConfig(method="deco", candidate_layers=[]),
+        DoLaConfig(method="sled", candidate_layers=[N]),
     ],
     ids=str,
 )
@@ -202,9 +233,9 @@ def test_repetition_penalty_with_left_padding(
     assert torch.equal(got, expected["batch_left_padded/greedy_rep13"][:, : got.shape[1]])
 
 
-def test_penalties_come_before_dola(model: Any, prompt: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", [DoLaConfig(bucket_id=1), DoLaConfig(method="deco"), DoLaConfig(method="sled")])
+def test_penalties_come_before_dola(model: Any, prompt: dict[str, Any], config: DoLaConfig) -> None:
     recorder = Recorder()
-    config = DoLaConfig(alpha=0.1, bucket_id=1)
     output = DoLaJanusWrapper(model, config).generate(
         **(prompt | {"max_new_tokens": 8, "eos_token_id": 511}),
         repetition_penalty=1.8,
@@ -220,7 +251,7 @@ def test_penalties_come_before_dola(model: Any, prompt: dict[str, Any]) -> None:
             for token in set(seen):
                 penalised[row, token] *= 1.8 if penalised[row, token] < 0 else 1 / 1.8
         penalised[:, [43, 267]] = -np.inf
-        assert_scores(got, oracle_scores(logits, penalised, layers_below_N(config), config.alpha))
+        assert_scores(got, oracle_step(logits, penalised, config))
 
 
 def test_warpers_come_after_dola(model: Any, prompt: dict[str, Any]) -> None:

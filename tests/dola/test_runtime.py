@@ -7,9 +7,9 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import oracle_contrast, oracle_jsd
+from oracle import oracle_contrast, oracle_deco, oracle_jsd, oracle_sled
 from scipy.special import softmax
 
 from janus_dola import dola_runtime as dola
@@ -228,11 +228,12 @@ def test_buckets_refuse(num_layers: int, bucket_id: int, echo: str) -> None:
         dola.candidates_in_bucket(num_layers, bucket_id)
 
 
-def test_a_step_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("method", ["dola", "deco", "sled"])
+def test_a_step_compiles_to_one_graph(method: str) -> None:
     """No value of a tensor is looked at, which would also make the GPU wait."""
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return dola.choose(dola.read(*inputs[:2]), *inputs[2:])
+        return dola.choose(dola.read(*inputs[:2]), *inputs[2:], method)
 
     inputs = torch.randn(2, 50), torch.randn(2, 3, 50), torch.ones(2, 3, dtype=torch.bool), of_rows(2, 0.1)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -257,3 +258,152 @@ def test_each_row_has_its_own_candidates_and_alpha(
         torch.testing.assert_close(log_p[row], alone[0], atol=1e-5, rtol=1e-5)
         if not len(own) and not alpha[row]:
             assert torch.equal(log_p[row], dola.log_softmax(tensor(logits_N))[row])  # q_N itself
+
+
+# DeCo and SLED.
+
+
+def decode(
+    method: str,
+    z_N: np.ndarray,
+    exits: np.ndarray,
+    strength: float,
+    top_k: int = 10,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """log p̂ [rows, V] under all exits."""
+    candidates = torch.ones(exits.shape[:2], dtype=torch.bool)
+    reading = dola.read(tensor(z_N, dtype), tensor(exits, dtype), False)
+    return dola.choose(reading, candidates, torch.full((len(z_N),), strength, dtype=dtype), method, top_k)[0]
+
+
+TILT = np.arange(40, dtype=np.float32) * np.float32(0.0137)  # added to logits: few are equal then
+
+
+def apart(values: np.ndarray, gap: float = 1e-4) -> bool:
+    """Whether no two are so near that float32 may order them otherwise."""
+    return bool((np.diff(np.sort(values, -1), axis=-1) > gap).all())
+
+
+def close(got: torch.Tensor, want: np.ndarray, atol: float) -> None:
+    assert np.array_equal(np.isneginf(got.numpy()), np.isneginf(want))
+    np.testing.assert_allclose(got.exp().numpy(), np.exp(want), atol=atol)
+
+
+@settings(max_examples=50)
+@given(rows_of_logits(2, V=30), rows_of_logits(2, 3, V=30), st.sampled_from([0.0, 0.6, 3.0]))
+def test_deco(z_N: np.ndarray, exits: np.ndarray, alpha: float) -> None:
+    z_N = z_N + TILT[:30]
+    assume(apart(z_N))  # which of two equal tokens is kept is anybody's
+    want = oracle_deco(z_N, exits, alpha)
+    close(decode("deco", z_N, exits, alpha, dtype=torch.float64), want, 1e-9)
+    q = np.sort(softmax(z_N.astype(np.float64), -1), -1)[:, ::-1]
+    q_j = softmax(exits.astype(np.float64), -1).reshape(2, -1)
+    if apart(q_j, 1e-7) and np.abs(q.cumsum(-1) - 0.9).min() > 1e-5:  # float32 sees the same C and M
+        close(decode("deco", z_N, exits, alpha), want, 1e-3)
+
+
+def test_deco_cuts_after_the_first_that_reaches_p_and_at_20() -> None:
+    q = np.array([[0.5, 0.3, 0.1, 0.05, 0.05], [0.91, 0.03, 0.03, 0.02, 0.01]])
+    kept = decode("deco", np.log(q) + 1e-9, np.zeros((2, 1, 5)), 0.6, dtype=torch.float64).isfinite()
+    assert kept.sum(-1).tolist() in ([3, 1], [4, 1])  # 0.5 + 0.3 + 0.1 is 0.9, give or take
+    assert decode("deco", np.zeros((2, 50)), np.zeros((2, 1, 50)), 0.6).isfinite().sum(-1).tolist() == [20, 20]
+
+
+def test_deco_takes_the_surest_exit_on_C_alone() -> None:
+    z_N = np.log(np.array([[0.6, 0.35, 0.04, 0.01]]))
+    sure_of_another = np.log(np.array([0.01, 0.02, 0.01, 0.96]))  # outside C
+    sure, less = np.log(np.array([0.1, 0.8, 0.05, 0.05])), np.log(np.array([0.7, 0.1, 0.1, 0.1]))
+    exits = np.stack([sure_of_another, less, sure])[None]
+    reading = dola.read(tensor(z_N), tensor(exits), False)
+    log_p, M_index = dola.choose(reading, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")
+    assert M_index.tolist() == [2] and log_p.argmax().item() == 1
+    only = torch.tensor([[True, True, False]])
+    assert dola.choose(reading, only, torch.tensor([2.0]), "deco")[1].tolist() == [1]
+    twice = dola.read(tensor(z_N), tensor(np.stack([less, sure, sure])[None]), False)
+    assert dola.choose(twice, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")[1].tolist() == [1]
+
+
+@settings(max_examples=50)
+@given(rows_of_logits(2, V=9), rows_of_logits(2, 3, V=9), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([1, 4, 10]))
+def test_sled(z_N: np.ndarray, exits: np.ndarray, rate: float, k: int) -> None:
+    z_N = z_N + TILT[:9]
+    assume(apart(z_N))
+    want = oracle_sled(z_N, exits, rate, k)
+    close(decode("sled", z_N, exits, rate, k, torch.float64), want, 1e-7)
+
+
+@given(hnp.arrays(np.float32, (2, 40), elements=st.floats(-8, 8, width=32)), st.integers(0, 2**32 - 1))
+def test_sled_in_float32(z_N: np.ndarray, seed: int) -> None:
+    z_N = z_N + TILT
+    assume(apart(z_N))
+    exits = (z_N[:, None] + np.random.default_rng(seed).normal(0, 2, (2, 5, 40))).astype(np.float32)
+    close(decode("sled", z_N, exits, 2.0), oracle_sled(z_N, exits, 2.0), 1e-4)
+
+
+def test_sled_of_an_exit_that_is_sure() -> None:
+    """q_j − e_i is next to 0 there: rounding must not make up a cosine."""
+    rng = np.random.default_rng(0)
+    z_N = rng.normal(0, 3, (3, 500)).astype(np.float32)
+    exits = rng.normal(0, 3, (3, 4, 500)).astype(np.float32)
+    exits[:, :2, 7] += 40
+    z_N[:, 7] += 5
+    close(decode("sled", z_N, exits, 2.0), oracle_sled(z_N, exits, 2.0), 1e-5)
+
+
+def test_where_no_cosine_is_positive_sled_changes_nothing() -> None:
+    z_N = np.array([[3.0, 1.0, 0.0, -1.0], [3.0, 1.0, 0.0, -1.0]])
+    exits = np.stack([z_N, z_N], 1)
+    exits[1, 1] = [0.0, 1.0, 2.0, 0.5]  # in the second row one that differs
+    log_p = decode("sled", z_N, exits, 2.0, 2)
+    assert torch.equal(log_p[0], dola.log_softmax(tensor(z_N))[0])
+    assert log_p[1].isfinite().sum() == 2
+    close(log_p[1:], oracle_sled(z_N[1:], exits[1:], 2.0, 2), 1e-6)
+
+
+@pytest.mark.parametrize("method", ["deco", "sled"])
+def test_tokens_ruled_out_stay_out_of_deco_and_sled(method: str) -> None:
+    rng = np.random.default_rng(1)
+    z_N, exits = rng.normal(0, 3, (3, 40)).astype(np.float32), rng.normal(0, 3, (3, 4, 40)).astype(np.float32)
+    z_N[0, [3, int(z_N[0].argmax())]] = -np.inf
+    z_N[1, 5:] = -np.inf  # fewer are left than are kept
+    exits[0, :, 3] = 30  # the exits' choice
+    want = oracle_deco(z_N, exits, 0.6) if method == "deco" else oracle_sled(z_N, exits, 2.0)
+    close(decode(method, z_N, exits, 0.6 if method == "deco" else 2.0), want, 1e-5)
+    assert np.isneginf(want[1, 5:]).all() and np.isfinite(want[1]).any()
+
+
+def test_a_constant_matters_to_neither_deco_nor_to_q_but_to_sleds_norm() -> None:
+    """Why beam search, which hands over log-probabilities, must give SLED the logits back."""
+    rng = np.random.default_rng(2)
+    z_N, exits = rng.normal(0, 3, (2, 40)), rng.normal(0, 3, (2, 4, 40))
+    for method, strength in (("deco", 0.6), ("sled", 2.0)):
+        got, shifted = (decode(method, z_N + c, exits, strength, dtype=torch.float64) for c in (0.0, -20.0))
+        assert torch.allclose(got.exp(), shifted.exp(), atol=1e-6) == (method == "deco")
+
+
+@pytest.mark.parametrize("method", ["deco", "sled"])
+@given(rows_of_logits(3, V=9), rows_of_logits(3, 4, V=9), hnp.arrays(bool, (3, 4)))
+def test_each_row_of_deco_and_sled_has_its_own_candidates(
+    method: str, z_N: np.ndarray, exits: np.ndarray, candidates: np.ndarray
+) -> None:
+    """A row of a batch is what it is alone; without a candidate, or with none that is finite, it is the baseline."""
+    strength = torch.tensor([0.3, 0.6, 2.0])
+    exits = exits.copy()
+    exits[0, 1, 2] = np.nan  # overflowed
+    z_N = z_N + TILT[:9]
+    before = z_N.copy(), exits.copy()
+    reading = dola.read(tensor(z_N), tensor(exits), False)
+    log_p, M_index = dola.choose(reading, tensor(candidates, torch.bool), strength, method, 4)
+    np.testing.assert_array_equal(before[0], z_N)
+    np.testing.assert_array_equal(before[1], exits)
+    for row in range(3):
+        own = [j for j in candidates[row].nonzero()[0] if (row, j) != (0, 1)]
+        alone = dola.read(tensor(z_N[row : row + 1]), tensor(exits[row : row + 1, own]), False)
+        every = torch.ones(1, len(own), dtype=torch.bool)
+        want, index = dola.choose(alone, every, strength[row : row + 1], method, 4)
+        torch.testing.assert_close(log_p[row], want[0], atol=1e-5, rtol=1e-5)
+        if method == "deco" or not own:
+            assert M_index[row] == (own[index] if index < len(own) else 4)
+        if not own:
+            assert torch.equal(log_p[row], dola.log_softmax(tensor(z_N))[row])

@@ -23,6 +23,8 @@ CONFIGS = [
     DoLaConfig(alpha=0.0, bucket_id=2),
     DoLaConfig(alpha=0.1, candidate_layers=[15]),
     DoLaConfig(alpha=0.5, candidate_layers=[]),
+    DoLaConfig(method="deco"),
+    DoLaConfig(method="sled", sled_top_k=40, bucket_id=1),
 ]
 
 
@@ -112,7 +114,7 @@ def test_equals_decoding_of_given_tokens(
     by_steps = torch.stack(expected)  # [configs, rows, T]
     by_steps = by_steps.masked_fill(by_steps == -torch.inf, -77.0) * mask
     scores = wrapper.score(**prompts, configs=CONFIGS[1:], apc_floor=-77.0)
-    assert scores.shape == (5, 3, 6)
+    assert scores.shape == (len(CONFIGS) - 1, 3, 6)
     torch.testing.assert_close(scores, by_steps, atol=1e-4, rtol=0)
     outside = (scores == -77).sum((1, 2)).tolist()  # per config
     assert outside[2] == 0  # alpha = 0 keeps every word
