@@ -29,12 +29,12 @@ from transformers.utils import logging
 
 from janus_dola.config import METHODS, DoLaConfig, by_row
 from janus_dola.exits import ExitView
-from janus_dola.programs.checkpoint import load_model, pick_device
+from janus_dola.programs.checkpoint import load, pick_device
 from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper, DoLaLogitsProcessor
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
-# The language models of Janus-Pro: layers, hidden size, intermediate size, heads, words. Their weights are random here.
+# The language models of Janus-Pro: layers, hidden size, intermediate size, heads, vocabulary. Weights are random here.
 SHAPES = {
     "1b": (24, 2048, 5632, 16, 102_400),
     "7b": (30, 4096, 11008, 32, 102_400),
@@ -189,11 +189,11 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     if shape == "demo":
         dtype_name = str(dtype).removeprefix("torch.")
         demo = ModelConfig(model_path=str(DEMO), device=str(device), dtype=dtype_name)
-        model = load_model(demo).language_model
+        model = load(demo)[0].model.language_model
     else:
-        num_layers, hidden, intermediate, heads, words = SHAPES[shape]
+        num_layers, hidden, intermediate, heads, vocab_size = SHAPES[shape]
         config = LlamaConfig(
-            vocab_size=words,
+            vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=intermediate,
             num_hidden_layers=num_layers,

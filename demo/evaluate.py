@@ -88,14 +88,14 @@ def tables(model_path: str, questions: int, dola: bool) -> str:
     loaded, processor = load(ModelConfig(model_path=model_path, device="cpu", dtype="float32"))
     model = loaded.model
     pairs = list(examples("test", 0, questions))
-    settings = list(product(BUCKETS, ALPHAS)) if dola else []
-    with tqdm(total=questions * (1 + len(settings)), unit="question", file=sys.stderr, disable=None) as bar:
+    configurations = list(product(BUCKETS, ALPHAS)) if dola else []
+    with tqdm(total=questions * (1 + len(configurations)), unit="question", file=sys.stderr, disable=None) as bar:
         off = exact(DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False)), processor, pairs, bar)
         measured = {
             (bucket, alpha): exact(
                 DoLaJanusWrapper(model, DoLaConfig(alpha=alpha, bucket_id=bucket)), processor, pairs, bar
             )
-            for bucket, alpha in settings
+            for bucket, alpha in configurations
         }
     kinds = sorted(kind for kind in off if "/" not in kind and kind != "all")
     sorts = sorted(kind for kind in off if "/" in kind)
@@ -141,7 +141,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     if options.questions < 18:
         parser.error(f"argument --questions: must be at least 18, so that each kind is asked, got {options.questions}")
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
+        parser.error(
+            f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train"
+        )
     text = tables(options.model, options.questions, not options.no_dola)
     print(text)
     if options.write_card:

@@ -90,7 +90,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--model", default=str(here / "checkpoint"), help="checkpoint folder (%(default)s)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
+        parser.error(
+            f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train"
+        )
     wrapper, processor = load(ModelConfig(model_path=options.model, device="cpu", dtype="float32", use_dola_lm=False))
     options.out.mkdir(parents=True, exist_ok=True)
     table = {}

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint: a small Janus that answers questions about the pictures of `demo.scenes`.
 
-    python -m demo.train                  # about 16 minutes on one CPU core; killed, it goes on from where it was
+    python -m demo.train                  # about 16 minutes on one CPU core; killed, it resumes
     python -m demo.train --out FOLDER --work FOLDER --shallow-steps 200 --fresh
 
 It goes in four stages. Trained in one go, the decoder learns the language first, and for half an hour answers without
@@ -79,7 +79,7 @@ class Recipe:
         deep_lr: The same for the last stage.
         init_std: Of the initial linear weights; those that write to the residual stream get less, see `new_model`.
         vision_weight: Of the first stage's loss in the other stages.
-        embed_std: Of the initial embeddings of words and places, which the first layers would drown if it were small.
+        embed_std: Of the initial embeddings of tokens and positions, which the first layers would drown if small.
     """
 
     seed: int = 0
@@ -479,7 +479,7 @@ def train(
     validation_questions: int = 300,
     stop_at: int | None = None,
 ) -> tuple[MultiModalityCausalLM, VLChatProcessor]:
-    """Trains, or goes on from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
+    """Trains, or resumes from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
 
     Args:
         recipe: A state in `work` must be of the same one.

@@ -19,7 +19,7 @@ def oracle_jsd(P: np.ndarray, Q: np.ndarray) -> np.ndarray:
 
 
 def oracle_contrast(logits_N: np.ndarray, logits_M: np.ndarray | None, alpha: float) -> np.ndarray:
-    """log p̂, row by row and word by word."""
+    """log p̂, row by row and token by token."""
     log_p = np.full(logits_N.shape, -np.inf)
     for row in range(len(logits_N)):
         q_N = softmax(logits_N[row].astype(np.float64))

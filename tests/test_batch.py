@@ -16,14 +16,12 @@ from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import checkpoint
-from janus_dola.programs.options import run_program
 from janus_dola.programs.prompts import Prompt, read_prompts
 from janus_dola.programs.results import Results
 
 ROOT = Path(__file__).parents[1]
 
 IMAGES = GOLDEN / "expected" / "images"
-ROLES = ["<|User|>", "<|Assistant|>"]
 WIDE = {"images": [str(IMAGES / "wide.png")], "question": "What is in the image?"}
 TALL = {"images": [str(IMAGES / "tall.png")], "question": "Describe the picture in detail."}
 TEXT = {"question": "What is the capital of France?"}
@@ -57,16 +55,16 @@ def read(path: Path) -> dict[Any, dict[str, Any]]:
 def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
     """Answers lines in a new file, through the library; returns its lines by id."""
 
-    def ask(lines: list[Any], name: str = "out.jsonl", batch_size: int = 4, seed: int = 0, **how: Any) -> Any:
-        compare, dola = how.pop("compare", False), how.pop("dola", DoLaConfig())
+    def ask(lines: list[Any], name: str = "out.jsonl", batch_size: int = 4, seed: int = 0, **more: Any) -> Any:
+        compare, dola = more.pop("compare", False), more.pop("dola", DoLaConfig())
         path = write(tmp_path / "prompts.jsonl", lines)
-        prompts, errors = read_prompts(path, processor, model.config.language_config, dola, ROLES)
-        generation = {"max_new_tokens": 12, "do_sample": False} | how
-        wrapper = DoLaJanusWrapper(model, dola)
-        how: Any = {"batch_size": batch_size, "seed": seed, "compare": compare}
+        generation = {"max_new_tokens": 12, "do_sample": False} | more
+        run = vars(dola) | {"batch_size": batch_size, "seed": seed, "compare": compare, "generation": generation}
+        config, wrapper = answer_program.AnswerConfig(**run), DoLaJanusWrapper(model, dola)
+        prompts, errors = read_prompts(config, path, processor, model.config)
         with Results(tmp_path / name, {}) as results:
             results.write(errors)
-            results.write(answer_program.answer_lines(wrapper, processor, prompts, generation, **how))
+            results.write(answer_program.answer_many(wrapper, processor, prompts, config))
         assert wrapper.config == dola
         return read(tmp_path / name)
 
@@ -106,7 +104,7 @@ def test_every_batch_size_gives_the_answers_of_one_at_a_time(
 
 
 def test_tokens_count_up_to_and_with_the_end(ask: Any, expected: dict[str, torch.Tensor]) -> None:
-    ends = expected["batch_left_padded/greedy"][:, 4].tolist()  # words that come up, as ends of sequence
+    ends = expected["batch_left_padded/greedy"][:, 4].tolist()  # tokens that come up, as ends of sequence
     off = ask(
         golden_lines(), dola=DoLaConfig(use_dola_lm=False), batch_size=5, max_new_tokens=24, eos_token_id=[481, *ends]
     )
@@ -278,7 +276,7 @@ def test_other_settings_are_refused(
     monkeypatch.chdir(ROOT)
     write(tmp_path / "prompts.jsonl", ["broken"])  # needs no weights
     other = str(write(tmp_path / "other.jsonl", ["broken too"]))
-    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("loaded the weights"))
     assert answer_program.run(cli_arguments(tmp_path)) == 1
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"holds results of other settings") as error:
@@ -302,7 +300,10 @@ def test_other_settings_are_refused(
         (["BOTH", "batch_size=two"], "batch_size: Value 'two'"),
         (["BOTH", "workers=-1"], "workers must be at least 0, got -1"),
         (["BOTH", "workers=1.5"], "workers: Value '1.5'"),
-        (["BOTH", "generation.num_return_sequences=2"], "generation.num_return_sequences must be left off in a batch"),
+        (
+            ["BOTH", "generation.num_beams=2", "generation.num_return_sequences=2"],
+            "generation.num_return_sequences must be left off in a batch",
+        ),
         (["BOTH", "generation.max_length=1"], "generation.max_length must be left off in a batch run, got 1"),
         (["BOTH", "generation.penalty_alpha=0.6"], "generation.penalty_alpha must be left off in a batch run, got 0.6"),
         (["BOTH", "generation.max_new_tokens=-1"], "max_new_tokens"),
@@ -317,7 +318,7 @@ def test_other_settings_are_refused(
     ids=lambda value: value[-1][:40] if isinstance(value, list) else "",
 )
 def test_errors_are_one_line_before_the_weights_are_loaded(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("prompts.jsonl"), [WIDE])
@@ -329,13 +330,8 @@ def test_errors_are_one_line_before_the_weights_are_loaded(
         for argument in arguments
         for part in (both if argument == "BOTH" else [argument.replace("PROMPTS", "prompts.jsonl")])
     ]
-    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
-    monkeypatch.setattr(sys, "argv", ["inference_dola.py", f"model_path={CHECKPOINT}", *given])
-    with pytest.raises(SystemExit) as exit_:
-        run_program(answer_program.run)
-    out, err = capsys.readouterr()
-    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and message in err
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("loaded the weights"))
+    assert message in fails(answer_program.run, f"model_path={CHECKPOINT}", *given)
     assert Path("other.jsonl").read_text() == "mine" and not Path("out.jsonl").exists()
     assert json.loads(Path("prompts.jsonl").read_text()) == WIDE
 
@@ -346,14 +342,14 @@ def test_workers_without_ray_are_refused(tmp_path: Path, fails: Fails, monkeypat
     assert said == "error: workers needs ray: pip install 'janus-dola[ray]'\n"
 
 
-def ask_for_too_much(how: str) -> None:
-    if how == "cpu":
+def ask_for_too_much(device: str) -> None:
+    if device == "cpu":
         torch.empty(2**50)  # what PyTorch itself raises where memory runs out
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("how", ["cpu", "cuda"])
-def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, how: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, device: str) -> None:
     lines = golden_lines()
     want = ask(lines, "whole.jsonl", 8)
     rows: list[int] = []
@@ -362,7 +358,7 @@ def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, how: 
         if kwargs["inputs_embeds"] is not None and kwargs["inputs_embeds"].shape[1] > 1:  # a prompt
             rows.append(len(kwargs["inputs_embeds"]))
             if rows[-1] > 2:
-                ask_for_too_much(how)
+                ask_for_too_much(device)
 
     handle = model.language_model.model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -401,7 +397,9 @@ def test_batches_start_with_the_longest_and_mix_configurations(
 ) -> None:
     lines = [TEXT | {"id": 0}, WIDE | {"id": 1}, TEXT | {"id": 2, "alpha": 0.5}, TALL | {"id": 3, "use_dola_lm": False}]
     path = write(tmp_path / "prompts.jsonl", lines)
-    prompts, errors = read_prompts(path, processor, model.config.language_config, DoLaConfig(), ROLES)
+    generation = {"max_new_tokens": 3, "do_sample": False}
+    config = answer_program.AnswerConfig(batch_size=3, compare=True, generation=generation)
+    prompts, errors = read_prompts(config, path, processor, model.config)
     assert errors == [] and all(isinstance(prompt, Prompt) for prompt in prompts)
     for prompt, line in zip(prompts, lines, strict=True):
         images = load_pil_images(prompt.turns)
@@ -410,9 +408,7 @@ def test_batches_start_with_the_longest_and_mix_configurations(
     handle = model.vision_model.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
     try:
         with Results(tmp_path / "out.jsonl", {}) as results:
-            generation = {"max_new_tokens": 3, "do_sample": False}
-            how: Any = {"batch_size": 3, "compare": True}
-            results.write(answer_program.answer_lines(DoLaJanusWrapper(model), processor, prompts, generation, **how))
+            results.write(answer_program.answer_many(DoLaJanusWrapper(model), processor, prompts, config))
     finally:
         handle.remove()
     assert list(read(tmp_path / "out.jsonl")) == [3, 1, 0, 2]

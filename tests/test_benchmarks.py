@@ -82,7 +82,7 @@ def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -
     profile_step.run(["shape=tiny", "layers=2", "prompt=9", "tokens=5", "device=cpu"])
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     baseline, dola = ({row[0]: float(row[column]) for row in table[1:]} for column in (2, 4))  # operations
-    assert list(dola) == ["decoder layers", "lm_head", *profile_step.OF_DOLA, profile_step.REST, "total"]
+    assert list(dola) == ["decoder layers", "lm_head", *profile_step.OF_DOLA, profile_step.OTHER, "total"]
     assert baseline["decoder layers"] == dola["decoder layers"] > 50
     assert all(baseline[name] == 0 < dola[name] for name in profile_step.OF_DOLA)
     assert [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()] == before

@@ -103,7 +103,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle that runs code": (file_of("pytorch_model.bin", pickle.dumps(Payload(), 2)), "pickle that is broken or"),
     "a bin of a list": (file_of("pytorch_model.bin", saved([1, 2])), "TypeError"),
     "no language_config": (set_keys("config.json", language_config=...), "language_config must be a mapping, got None"),
-    "a part that is no mapping": (set_keys("config.json", vision_config=5), "vision_config must be a mapping, got 5"),
+    "a part not a mapping": (set_keys("config.json", vision_config=5), "vision_config must be a mapping, got 5"),
     "params that are none": (set_keys("config.json", vision_config={"params": 5}), "TypeError"),
     "a config that is a list": (file_of("config.json", "[]"), "AttributeError|no model_type"),
     "a config that is cut": (file_of("config.json", "{"), "is not a valid JSON file"),

@@ -1,12 +1,11 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, EOS, GOLDEN
+from conftest import CHECKPOINT, EOS, GOLDEN, Fails
 from omegaconf import OmegaConf
 
 from janus.models import VLChatProcessor
@@ -15,7 +14,7 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import calibrate, checkpoint
 from janus_dola.programs.calibrate import BASELINE, choose, pope_measures, summarise, two_fold
-from janus_dola.programs.options import read_config, run_program
+from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import Prompt, normalise, read_prompts, yes_or_no
 
 ROOT = Path(__file__).parents[1]
@@ -120,13 +119,13 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     assert json.loads((folder / "mine.json").read_text()) == report
     assert capsys.readouterr().out == out
 
-    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("nothing is left to compute"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("nothing is left to compute"))
     calibrate.run(arguments(folder, "two_fold=true"))
     with pytest.raises(ValueError, match=r"other settings \(alphas was \[0.1\] and is \[0.3\]\)"):
         calibrate.run(arguments(folder, "alphas=[0.3]"))
     data = folder / "val.jsonl"
     data.write_text(data.read_text().replace("Paris", "Rome"))  # an answer saved by line number would be another's
-    with pytest.raises(ValueError, match=r"other settings \(data's sha256 was"):
+    with pytest.raises(ValueError, match=r"other settings \(data was 'sha256"):
         calibrate.run(arguments(folder))
 
 
@@ -165,15 +164,12 @@ def test_answers_are_those_of_generate_and_score(folder: Path, model: Any) -> No
     """Of each configuration by itself, one question at a time."""
     calibrate.run(arguments(folder))
     saved = [json.loads(line) for line in (folder / "mine.results.jsonl").read_text().splitlines()]
-    results = {line["id"]: line.get("results") for line in saved}
+    results = {line["id"]: line["results"] for line in saved if "results" in line}
     config = read_config(calibrate.CalibrateConfig, arguments(folder))
     processor = VLChatProcessor.from_pretrained(CHECKPOINT)
-    language_config = model.config.language_config
-    prompts, _ = read_prompts(
-        config.data, processor, language_config, DoLaConfig(), config.roles, image_root=config.image_root
-    )
+    prompts, _ = read_prompts(config, config.data, processor, model.config)
     prompts = [prompt for prompt in prompts if prompt.id != "line 4"]  # its image is not there
-    assert {prompt.id for prompt in prompts} == results.keys() - {"line 4"} and len(prompts) == 4
+    assert {prompt.id for prompt in prompts} == results.keys() and len(prompts) == 4
     texts = set()
     for prompt in prompts:
         inputs = processor(conversations=prompt.turns, images=load_pil_images(prompt.turns)).to("cpu", torch.float32)
@@ -244,20 +240,11 @@ def test_stop_strings(folder: Path) -> None:
     ("more", "message"),
     [
         (["data="], "data must name a file"),
-        (["data=nowhere.jsonl"], "data must name a file .* 'nowhere.jsonl'"),
+        (["data=nowhere.jsonl"], "data must name a file that can be read, got 'nowhere.jsonl'"),
         (["output=mine.txt"], "output must end in .yaml, got 'mine.txt'"),
         (["alphas=[]"], "alphas must hold at least one"),
         (["alphas=[2]"], "alpha must be in"),
     ],
 )
-def test_bad_arguments(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, more: list[str], message: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["calibrate", *arguments(folder), *more])
-    with pytest.raises(SystemExit) as exit_:
-        run_program(calibrate.run)
-    err = capsys.readouterr().err
-    assert exit_.value.code == 2 and err.count("\n") == 1
-    import re
-
-    assert re.search(message, err)
+def test_bad_arguments(folder: Path, fails: Fails, more: list[str], message: str) -> None:
+    assert message in fails(calibrate.run, *arguments(folder), *more)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, CHECKPOINT, GOLDEN
+from conftest import CASES, CHECKPOINT, GOLDEN, Fails
 from omegaconf import OmegaConf
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import checkpoint
-from janus_dola.programs.options import DEFAULT, ModelConfig, read_config, run_program
+from janus_dola.programs.options import DEFAULT, ModelConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,17 +152,11 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
     ids=lambda value: value[0][:30] if isinstance(value, list) else "",
 )
 def test_errors_are_one_line_before_the_weights_are_loaded(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load_model", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("loaded the weights"))
     given = WIDE[:1] if any(a.startswith("conversation") for a in arguments) else WIDE
-    monkeypatch.setattr(sys, "argv", ["inference_dola.py", *given, *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        run_program(answer_program.run)
-    out, err = capsys.readouterr()
-    assert exit_.value.code == 2
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("error: ") and message in err
+    assert message in fails(answer_program.run, *given, *arguments)
 
 
 def test_exit_code_and_stderr_of_the_real_command() -> None:
@@ -224,6 +218,6 @@ def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) ->
     file.write_text(file.read_text().replace('"torch_dtype": "float32"', '"torch_dtype": "bfloat16"'))
     for path, want in ((CHECKPOINT, torch.float32), (tmp_path / "half", torch.bfloat16)):
         config = ModelConfig(model_path=str(path), device="cpu")
-        assert checkpoint.load_model(config).dtype == want
+        assert checkpoint.load(config)[0].dtype == want
     assert checkpoint.load_config("demo/checkpoint").dtype == torch.float32  # what its card's figures were measured in
     assert checkpoint.pick_device("cpu", "bfloat16", torch.float32) == (torch.device("cpu"), torch.bfloat16)

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN
+from conftest import CHECKPOINT, GOLDEN, Fails
 from native import convert, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import calibrate, checkpoint
-from janus_dola.programs.options import ModelConfig, run_program
+from janus_dola.programs.options import ModelConfig
 from janus_dola.programs.prompts import build_conversation
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -97,14 +96,14 @@ def test_wrapped_it_answers_as_the_published_layout(
     T = inputs.input_ids.shape[1]
     assert inputs.input_ids.equal(batch.input_ids) and inputs.attention_mask.equal(batch.attention_mask)
     assert (inputs.attention_mask == 0).any()
-    config, how = DoLaConfig(use_dola_lm=use_dola_lm), SHORT | {"num_beams": num_beams}
+    config, arguments = DoLaConfig(use_dola_lm=use_dola_lm), SHORT | {"num_beams": num_beams}
     traces = [DoLaTrace() if use_dola_lm else None for _ in range(2)]
-    ids = DoLaJanusWrapper(native, config).generate(**inputs, **how, trace=traces[0])
+    ids = DoLaJanusWrapper(native, config).generate(**inputs, **arguments, trace=traces[0])
     with torch.inference_mode():
         embeds = published.prepare_inputs_embeds(**batch)
     end = {"eos_token_id": native.generation_config.eos_token_id, "pad_token_id": native.generation_config.pad_token_id}
     expected = DoLaJanusWrapper(published, config).generate(
-        inputs_embeds=embeds, attention_mask=batch.attention_mask, **end, **how, trace=traces[1]
+        inputs_embeds=embeds, attention_mask=batch.attention_mask, **end, **arguments, trace=traces[1]
     )
     assert ids[:, T:].equal(expected) and ids[:, :T].equal(inputs.input_ids)
     if traces[0] is not None and traces[1] is not None:
@@ -206,7 +205,7 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
             (folder / file).unlink()
         theirs.save_pretrained(folder)
         assert not (folder / "preprocessor_config.json").exists()
-    ours = checkpoint.load_processor(ModelConfig(model_path=str(folder)))
+    ours = checkpoint.load_processor(ModelConfig(model_path=str(folder)), checkpoint.load_config(str(folder)))
     expected = VLChatProcessor.from_pretrained(published_path)
     images = [Image.open(file).convert("RGB") for file in sorted((GOLDEN / "expected" / "images").iterdir())]
     turns = build_conversation(["<|User|>", "<|Assistant|>"], "Is it a  ring? 中文", [""] * len(images))
@@ -224,7 +223,11 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
     ("change", "arguments", "message"),
     [
         ("", ["candidate_layers=[31]"], "candidate_layers must be in 1...30, the model's layers, got 31"),
-        ("", ["generation.pad_token_id=475"], "pad_token_id must be below 475, the model's vocabulary"),
+        (
+            "",
+            ["generation.pad_token_id=475"],
+            "pad_token_id must be a token id or a list of them, below 475, the model's vocabulary",
+        ),
         ("model_type", [], "has no model_type multi_modality or janus"),
         ("text_config", [], "config.json: text_config must be a mapping, got None"),
         (
@@ -238,13 +241,7 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_are_one_line(
-    capsys: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    tmp_path: Path,
-    change: str,
-    arguments: list[str],
-    message: str,
+    fails: Fails, folder: Path, tmp_path: Path, change: str, arguments: list[str], message: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "broken")
     config = json.loads((tmp_path / "broken" / "config.json").read_text())
@@ -259,12 +256,7 @@ def test_errors_are_one_line(
         weights.write_bytes(weights.read_bytes()[:1000])
     write(tmp_path / "broken" / "config.json", config)
     given = [f"model_path={tmp_path / 'broken'}", "device=cpu", "question=What?", *arguments]
-    monkeypatch.setattr(sys, "argv", ["inference_dola.py", *given])
-    with pytest.raises(SystemExit) as exit_:
-        run_program(answer_program.run)
-    out, err = capsys.readouterr()
-    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and message in err
+    assert message in fails(answer_program.run, *given)
 
 
 def test_a_head_of_its_own_is_kept_where_the_config_does_not_say(capsys: Any, folder: Path, tmp_path: Path) -> None:
@@ -273,7 +265,7 @@ def test_a_head_of_its_own_is_kept_where_the_config_does_not_say(capsys: Any, fo
     config = json.loads((folder / "config.json").read_text())
     del config["tie_word_embeddings"]
     write(tmp_path / "hub" / "config.json", config)
-    model = checkpoint.load_model(ModelConfig(model_path=str(tmp_path / "hub"), device="cpu")).language_model
+    model = checkpoint.load(ModelConfig(model_path=str(tmp_path / "hub"), device="cpu"))[0].model.language_model
     weights = load_file(folder / "model.safetensors")
     assert model.lm_head.weight.equal(weights["lm_head.weight"].float())
     assert not model.lm_head.weight.equal(model.get_input_embeddings().weight)

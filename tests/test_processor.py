@@ -176,8 +176,8 @@ def test_save_pretrained_round_trip(processor: Any, tmp_path: Path) -> None:
     conversation, images = ask(f"{TAG}\n图片 里有  什么？"), [Image.open(IMAGES / "tall.png")]
     want, got = (p(conversations=conversation, images=images) for p in (processor, again))
     for name in want:
-        same = want[name] == got[name]
-        assert same if isinstance(same, bool) else same.all(), name
+        equal = want[name] == got[name]
+        assert equal if isinstance(equal, bool) else equal.all(), name
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:

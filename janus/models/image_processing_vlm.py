@@ -81,7 +81,7 @@ class VLMImageProcessor(BaseImageProcessor):
         """PIL images to `pixel_values`, float32 [n_images, 3, image_size, image_size].
 
         Raises:
-            ValueError: `images` is no list of PIL images with at least one pixel each.
+            ValueError: `images` is not a list of PIL images with at least one pixel each.
         """
         if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
             raise ValueError(

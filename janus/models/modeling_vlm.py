@@ -82,10 +82,10 @@ class MultiModalityConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PretrainedConfig.from_dict`, except that a part that is no mapping is an error; so is no text decoder.
+        """As `PretrainedConfig.from_dict`, except that a part that is not a mapping is an error; so is no text decoder.
 
         Raises:
-            ValueError: `language_config` is missing (LLaMA's default has 7 billion weights), or a part is no mapping.
+            ValueError: `language_config` is missing (LLaMA's default has 7 billion weights), or a part not a mapping.
         """
         for name in ("language_config", *cls.components):
             part = config_dict.get(name, None if name == "language_config" else {})

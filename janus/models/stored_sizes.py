@@ -56,11 +56,11 @@ def depths(config: Any) -> Iterator[tuple[str, Any, int, str]]:
 def widths(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Any, Any, str, int]]:
     """Each key that makes a layer wide: its name and value, the width, the weight and the dimension that have it."""
     text, layer = config.language_config, "language_model.model.layers.0"
-    words = "language_model.model.embed_tokens.weight"
-    if text.tie_word_embeddings and words not in shapes:
-        words = "language_model.lm_head.weight"
-    yield "language_config.vocab_size", text.vocab_size, text.vocab_size, words, 0
-    yield "language_config.hidden_size", text.hidden_size, text.hidden_size, words, 1
+    embedding = "language_model.model.embed_tokens.weight"
+    if text.tie_word_embeddings and embedding not in shapes:
+        embedding = "language_model.lm_head.weight"
+    yield "language_config.vocab_size", text.vocab_size, text.vocab_size, embedding, 0
+    yield "language_config.hidden_size", text.hidden_size, text.hidden_size, embedding, 1
     for key, weight, dimension, times in (
         ("intermediate_size", "mlp.up_proj", 0, 1),
         ("head_dim", "self_attn.q_proj", 0, 1),

@@ -93,7 +93,7 @@ def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Imag
         conversations: Its turns; a turn may have `images`, a list of what `load_image` takes.
 
     Raises:
-        ValueError: An image is missing or broken, or `images` is no list, or a turn no mapping.
+        ValueError: An image is missing or broken, or `images` is not a list, or a turn not a mapping.
     """
     for message in conversations:
         if not isinstance(message, Mapping):

@@ -10,12 +10,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,14 +22,15 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, TextStreamer
 
 from janus.utils.io import load_pil_images
-from janus_dola.call import UNSUPPORTED
 from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
-from janus_dola.programs.options import CONFIGS, ModelConfig, as_list, check_generation, first_line, read_config
+from janus_dola.programs.options import CONFIGS, first_line, read_config
 from janus_dola.programs.prompts import (
     DOLA_KEYS,
     IMAGE_TAG,
+    ManyConfig,
+    Outcome,
     Prompt,
     build_conversation,
     encode_continuations,
@@ -42,19 +42,10 @@ from janus_dola.trace import DoLaTrace, answer_lengths
 from janus_dola.wrapper import DoLaJanusWrapper
 
 DEMO_IMAGE, DEMO_QUESTION = CONFIGS.parent / "demo" / "images" / "scene.png", "Describe the image."
-# Arguments of `generate`, the values that leave them off, and why they cannot be in a batch run.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = UNSUPPORTED | {
-    "num_return_sequences": ((None, 1), "each prompt has one answer"),
-    "return_dict_in_generate": ((None, False), "an answer is its text"),
-    "max_length": ((None,), "it counts the padding, max_new_tokens does not"),
-    "min_length": ((None, 0), "it counts the padding, min_new_tokens does not"),
-    "exponential_decay_length_penalty": ((None,), "it counts the padding"),
-    "max_time": ((None,), "it ends all answers of a batch at once"),
-}
 
 
 @dataclass
-class AnswerConfig(ModelConfig):
+class AnswerConfig(ManyConfig):
     """The keys of configs/default.yaml, which says what each is for. image=PATH stands for a single one of images."""
 
     images: Any = field(default_factory=list)
@@ -66,35 +57,40 @@ class AnswerConfig(ModelConfig):
     trace: str | None = None
     prompts: str | None = None
     output: str | None = None
-    image_root: str = "."
-    batch_size: int = 8
-    workers: int = 0
+
+    SETTINGS: ClassVar = (*DOLA_KEYS, "compare", *ManyConfig.SETTINGS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         images = self.images if self.image is None else self.image
-        self.images = [] if images is None else as_list(images)
-        if not all(isinstance(image, str) for image in self.images):
-            raise ValueError(f"images must be paths or data URLs, got {images!r}")
+        self.images = [images] if isinstance(images, str) else images or []
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
         for key in ("question", "images", "conversation", "stream", "trace"):
             if self.prompts is not None and (value := getattr(self, key)):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
-        if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
-            raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
+
+    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
+        """With `compare` the baseline, too, last."""
+        both = self.compare and prompt.dola.use_dola_lm
+        return [prompt.dola, replace(prompt.dola, use_dola_lm=False)] if both else [prompt.dola]
+
+    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+        """With `compare` "text_baseline" is the answer without DoLa."""
+        baseline = {"text_baseline": outcome.answers[-1]["text"]} if self.compare else {}
+        return super().line(prompt, outcome) | baseline
 
 
 def run(argv: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Returns the exit code: 1 if there was a prompt of a file that could not be answered."""
     config = read_config(AnswerConfig, argv)
-    if config.prompts is not None and config.output is not None:
-        return answer_file(config, config.prompts, config.output)
-    check_generation(config.generation)
-    answer_one(config)
-    return 0
+    if config.output is None:
+        answer_one(config)
+        return 0
+    _, lines = answer_file(config, "prompts", config.output)
+    if failed := sum("error" in line for line in lines.values()):
+        print(f"{failed} of {len(lines)} prompts are errors in {config.output}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # The engine.
@@ -111,7 +107,7 @@ class NaNWatch(LogitsProcessor):
         return scores
 
     def errors(self, prompts: int) -> list[str | None]:
-        """For each prompt what went wrong, in its first such step."""
+        """For each prompt what went wrong, in its first such step, or None."""
         steps = torch.stack(self.steps).unflatten(1, (prompts, -1)).any(-1).cpu()  # [T, prompts]
         return [
             f"logits are NaN at token {int(column.int().argmax()) + 1}; float16? try bfloat16" if column.any() else None
@@ -119,34 +115,9 @@ class NaNWatch(LogitsProcessor):
         ]
 
 
-@dataclass
-class Outcome:
-    """What became of a prompt.
-
-    Attributes:
-        error: Why there is no answer, or None.
-        answers: For each of the prompt's configurations {"text", "tokens", "layers"}: the answer, how many tokens it
-            took up to and with the end of sequence, and the layer M of each, None without DoLa.
-        logprobs: Mean log-probabilities of the tokens of each choice, or of the right answer, [configs, choices].
-    """
-
-    error: str | None = None
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
-
-
 def answer_many(
-    model: DoLaJanusWrapper,
-    processor: Any,
-    prompts: Sequence[Prompt],
-    configs: Callable[[Prompt], Sequence[DoLaConfig]],
-    generation: Mapping[str, Any],
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-    done: Collection[str | int] = (),
-    scored: bool = False,
-) -> Iterator[tuple[Prompt, Outcome]]:
+    model: DoLaJanusWrapper, processor: Any, prompts: Sequence[Prompt], config: ManyConfig, done: Container[Any] = ()
+) -> Generator[dict[str, Any], None, None]:
     """Answers prompts x configurations in batches, with a progress bar.
 
     The prompts of a batch are of like lengths, the longest first: where memory does not suffice, it shows at once. Rows
@@ -156,126 +127,101 @@ def answer_many(
         model: The wrapped model, left as it is: each row brings its configuration.
         processor: The checkpoint's.
         prompts: As `read_prompts` gives them.
-        configs: The configurations to answer a prompt under.
-        generation: Arguments of `generate`. With `do_sample` each row is a batch of its own with a seed of its prompt's
-            own, so that its answer does not depend on the others.
-        batch_size: Prompts at a time. When memory runs out it is halved, for the rest of the run.
-        seed: Of sampling.
+        config: The run's. With `do_sample` each row is a batch of its own with a seed of its prompt's own, so that its
+            answer does not depend on the others. When memory runs out `batch_size` is halved, for the rest of the run.
         done: Ids of prompts that need no answer. They keep their places: so an answer's neighbours, and its rounding,
             are the same in a run that was killed.
-        scored: Whether to score choices, in place of an answer, and right answers, beside it.
+
+    Yields:
+        Of each prompt {"id"} and what `config.line` keeps, or {"id", "error"}.
 
     Raises:
         ValueError: `generate` refuses its arguments.
     """
     rest = sorted(prompts, key=lambda prompt: -prompt.length)
-    size = 1 if is_sampling(model, generation) else batch_size
-    ways = (configs, generation, seed, scored)
+    size = 1 if is_sampling(model, config.generation) else config.batch_size
     with tqdm(total=len(rest), desc="prompts", unit="prompt", disable=None) as progress:
         while rest:
             batch = rest[:size]
             if any(prompt.id not in done for prompt in batch):
-                outcomes = _attempt(model, processor, batch, *ways)
-                if isinstance(outcomes, str) and len(batch) > 1:
+                try:
+                    outcomes = _answer(model, processor, batch, config)
+                except (RuntimeError, MemoryError) as error:
+                    # On the CPU, PyTorch raises a plain RuntimeError.
+                    out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                    if not out and "can't allocate memory" not in str(error):
+                        raise
+                    outcomes = [Outcome(f"out of memory ({first_line(error)})")]
+                if len(outcomes) < len(batch):  # past the handler, so that nothing holds the memory that it took
                     size = len(batch) // 2
-                    tqdm.write(f"{outcomes}: batch_size {len(batch)} is too much, going on with {size}", sys.stderr)
+                    problem = f"{outcomes[0].error}: batch_size {len(batch)} is too much, going on with {size}"
+                    tqdm.write(problem, sys.stderr)
                     continue
-                yield from zip(batch, [Outcome(outcomes)] if isinstance(outcomes, str) else outcomes, strict=True)
+                for prompt, outcome in zip(batch, outcomes, strict=True):
+                    kept = config.line(prompt, outcome) if outcome.error is None else {"error": outcome.error}
+                    yield {"id": prompt.id} | kept
             progress.update(len(batch))
             rest = rest[len(batch) :]
 
 
-def _attempt(model: DoLaJanusWrapper, processor: Any, batch: list[Prompt], *ways: Any) -> list[Outcome] | str:
-    """What became of a batch, or that memory ran out: after returning, nothing holds the memory that it took."""
-    try:
-        return _answer(model, processor, batch, *ways)
-    except (RuntimeError, MemoryError) as error:
-        # On the CPU, PyTorch raises a plain RuntimeError.
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            return f"out of memory ({first_line(error)})"
-        raise
-
-
 @torch.inference_mode()
-def _answer(
-    model: DoLaJanusWrapper,
-    processor: Any,
-    batch: list[Prompt],
-    configs: Callable[[Prompt], Sequence[DoLaConfig]],
-    generation: Mapping[str, Any],
-    seed: int,
-    scored: bool,
-) -> list[Outcome]:
-    outcomes, good, prepared = [Outcome() for _ in batch], [], []
-    for i, prompt in enumerate(batch):
+def _answer(model: DoLaJanusWrapper, processor: Any, batch: list[Prompt], config: ManyConfig) -> list[Outcome]:
+    tokenizer, outcomes, good, prepared = processor.tokenizer, [Outcome() for _ in batch], [], []
+    for prompt, outcome in zip(batch, outcomes, strict=True):
         try:
             images = load_pil_images(prompt.turns)
             prepared.append(processor.process_one(conversations=prompt.turns, images=images))
-            good.append(i)
+            good.append((prompt, outcome))
         except ValueError as error:
-            outcomes[i].error = str(error)
+            outcome.error = str(error)
     if not good:
         return outcomes
     inputs = processor.batchify(prepared).to(model.device, model.dtype)
     embeds, mask = model.prepare_inputs_embeds(**inputs), inputs.attention_mask  # [prompts, T, d], [prompts, T]
     rows = [  # a prompt's place among the good ones, and a configuration
-        (place, config)
-        for place, i in enumerate(good)
-        for config in (() if scored and batch[i].form == "choices" else configs(batch[i]))
+        (place, dola)
+        for place, (prompt, _) in enumerate(good)
+        if not config.SCORED or prompt.form != "choices"
+        for dola in config.configs(prompt)
     ]
     # What fills up the rows that end first is no EOS here: a stop string ends a row without one.
-    arguments = generate_arguments(processor.tokenizer, {"pad_token_id": processor.pad_id, **generation})
-    for part in [[row] for row in rows] if is_sampling(model, generation) else [rows] if rows else []:
-        places, own = [place for place, _ in part], [config for _, config in part]
-        digest = hashlib.sha256(json.dumps([seed, batch[good[places[0]]].id]).encode()).digest()
+    arguments = generate_arguments(tokenizer, {"pad_token_id": processor.pad_id, **config.generation})
+    for part in [[row] for row in rows] if is_sampling(model, config.generation) else [rows] if rows else []:
+        places = [place for place, _ in part]
+        digest = hashlib.sha256(json.dumps([config.seed, good[places[0]][0].id]).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))  # for sampling, which is one row at a time
-        answers = _generate(model, processor.tokenizer, embeds[places], mask[places], own, arguments)
-        for place, answer in zip(places, answers, strict=True):
-            outcomes[good[place]].error = answer.pop("error", None) or outcomes[good[place]].error
-            outcomes[good[place]].answers.append(answer)
-    for place, i in enumerate(good):
-        if scored and (texts := batch[i].choices or ([batch[i].answer] if batch[i].form == "answer" else [])):
-            row = slice(place, place + 1)
-            outcomes[i].logprobs = _score(model, processor.tokenizer, embeds[row], mask[row], texts, configs(batch[i]))
+        configs = [dola for _, dola in part]
+        given = arguments | {"inputs_embeds": embeds[places], "attention_mask": mask[places], "configs": configs}
+        trace = DoLaTrace() if any(dola.use_dola_lm for dola in configs) else None
+        for place, answer in zip(places, _generate(model.generate_with_dola, given, configs, trace), strict=True):
+            outcome = good[place][1]
+            outcome.error = answer.pop("error", outcome.error)
+            outcome.answers.append(answer)
+    for place, (prompt, outcome) in enumerate(good if config.SCORED else ()):
+        if texts := prompt.choices or ([prompt.answer] if prompt.form == "answer" else []):
+            ids, text_mask = encode_continuations(tokenizer, texts)
+            given = {"continuation_ids": ids, "continuation_mask": text_mask, "attention_mask": mask[place : place + 1]}
+            scores = model.score(embeds[place : place + 1], **given, configs=config.configs(prompt))
+            outcome.logprobs = (scores.sum(-1).cpu() / text_mask.sum(-1)).tolist()
     return outcomes
 
 
 def _generate(
-    model: DoLaJanusWrapper,
-    tokenizer: Any,
-    embeds: Tensor,
-    mask: Tensor,
-    configs: list[DoLaConfig],
-    arguments: dict[str, Any],
+    generate: Callable[..., Tensor], arguments: dict[str, Any], configs: Sequence[DoLaConfig], trace: DoLaTrace | None
 ) -> list[dict[str, Any]]:
     """The answers to prompts [rows, T, d], each under its configuration; one whose logits were NaN has an "error"."""
-    watch, trace = NaNWatch(), DoLaTrace() if any(config.use_dola_lm for config in configs) else None
-    ids = model.generate_with_dola(
-        **arguments, inputs_embeds=embeds, attention_mask=mask, configs=configs, logits_processor=[watch], trace=trace
-    ).cpu()  # [rows, T]
-    eos = arguments["eos_token_id"]
+    watch, tokenizer, eos = NaNWatch(), arguments["tokenizer"], arguments["eos_token_id"]
+    ids = generate(**arguments, logits_processor=[watch], trace=trace).cpu()  # [rows x returned sequences, T]
     eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    lengths, errors = answer_lengths(ids, eos, arguments["pad_token_id"]).tolist(), watch.errors(len(configs))
     answers = []
-    lengths = answer_lengths(ids, eos, arguments["pad_token_id"]).tolist()
-    for row, (length, config, error) in enumerate(zip(lengths, configs, watch.errors(len(configs)), strict=True)):
-        layers = trace.layers[row, :length].tolist() if trace is not None and config.use_dola_lm else None
+    for row, length in enumerate(lengths):
+        prompt = row * len(configs) // len(ids)
+        layers = trace.layers[row, :length].tolist() if trace is not None and configs[prompt].use_dola_lm else None
         text = tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip()
-        answers.append({"text": text, "tokens": length, "layers": layers} | ({"error": error} if error else {}))
+        error = {} if errors[prompt] is None else {"error": errors[prompt]}
+        answers.append({"text": text, "tokens": length, "layers": layers} | error)
     return answers
-
-
-def _score(
-    model: DoLaJanusWrapper,
-    tokenizer: Any,
-    embeds: Tensor,
-    mask: Tensor,
-    texts: Sequence[str],
-    configs: Sequence[DoLaConfig],
-) -> list[list[float]]:
-    """Mean log-probability of each text's tokens after the prompt [1, T, d], under each configuration."""
-    ids, known = encode_continuations(tokenizer, texts)
-    scores = model.score(embeds, attention_mask=mask, continuation_ids=ids, continuation_mask=known, configs=configs)
-    return (scores.sum(-1).cpu() / known.sum(-1)).tolist()
 
 
 def is_sampling(model: DoLaJanusWrapper, generation: Mapping[str, Any]) -> bool:
@@ -292,43 +238,39 @@ def generate_arguments(tokenizer: Any, generation: Mapping[str, Any]) -> dict[st
 # A file of prompts.
 
 
-def check_batch(generation: Mapping[str, Any], batch_size: int) -> None:
-    """Refuses what cannot be in a batch run; nothing needs to be loaded for it.
+def answer_file(
+    config: ManyConfig, key: str, output: str | os.PathLike[str], strict: bool = False
+) -> tuple[list[Prompt], dict[str | int, dict[str, Any]]]:
+    """Answers a file of prompts. The lines of the output are those of `answer_many`, and {"id", "error"} of bad ones.
+
+    Args:
+        config: The run's.
+        key: The one of its keys that names the file.
+        output: The file of results; see `Results`.
+        strict: Whether the first error stops the run.
+
+    Returns:
+        The good prompts, and all lines by id.
 
     Raises:
-        ValueError: `batch_size` or an argument of `generate` is out of its range.
+        ValueError: Something in the configuration is wrong, or `strict` and there is an error.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for name, (off, reason) in REFUSED.items():
-        if (value := generation.get(name)) not in off:
-            raise ValueError(f"generation.{name} must be left off in a batch run, got {value!r}: {reason}")
-
-
-def answer_file(config: AnswerConfig, path: str, output: str) -> int:
-    """Answers a file of prompts; 1 if there was one that could not be answered.
-
-    A line of the output is {"id", "text", "tokens", "layers"}, see `Outcome`, or {"id", "error"}; "text_baseline" with
-    `compare` is the answer without DoLa. Where the prompt has an answer, "correct" says whether the text gives it.
-    """
-    check_batch(config.generation, config.batch_size)
-    check_generation(config.generation)
-    processor = checkpoint.load_processor(config)
+    config.check_batch()
     model_config = checkpoint.load_config(config.model_path)
+    processor = checkpoint.load_processor(config, model_config)
     _, dtype = checkpoint.pick_device(config.device, config.dtype, model_config.dtype)
-    keys = ("model_path", "roles", *DOLA_KEYS, "generation", "seed", "compare")
-    settings = {key: getattr(config, key) for key in keys} | {"dtype": str(dtype), "prompts": fingerprint(path)}
-    prompts, errors = read_prompts(
-        path,
-        processor,
-        model_config.get_text_config(),
-        config.dola(),
-        config.roles,
-        config.generation.get("max_new_tokens") or 1,
-        config.image_root,
-    )
+    prompts, errors = read_prompts(config, getattr(config, key), processor, model_config, key)
+    settings = {name: getattr(config, name) for name in config.SETTINGS}
+    settings |= {"dtype": str(dtype), key: fingerprint(getattr(config, key), key)}
     with Results(output, settings) as results:
-        results.write(errors)
+
+        def keep(lines: Iterable[dict[str, Any]]) -> None:
+            for line in lines:
+                results.write([line])
+                if strict and "error" in line:
+                    raise ValueError(f"{key}, {line['id']}: {line['error']}")
+
+        keep([*errors, *results.lines.values()])
         if any(prompt.id not in results.lines for prompt in prompts):
             done = results.lines.keys()
             if config.workers:
@@ -336,49 +278,11 @@ def answer_file(config: AnswerConfig, path: str, output: str) -> int:
 
                 lines = answer_with_workers(config, dtype, prompts, done)
             else:
-                model = DoLaJanusWrapper(checkpoint.load_model(config))
-                how: Any = {"batch_size": config.batch_size, "seed": config.seed, "compare": config.compare}
-                lines = answer_lines(model, processor, prompts, config.generation, **how, done=done)
+                model = DoLaJanusWrapper(checkpoint.load_model(config, model_config))
+                lines = answer_many(model, processor, prompts, config, done)
             with closing(lines):
-                for line in lines:
-                    results.write([line])
-        failed = sum("error" in line for line in results.lines.values())
-        if failed:
-            print(f"{failed} of {len(prompts) + len(errors)} prompts are errors in {output}", file=sys.stderr)
-        return 1 if failed else 0
-
-
-def answer_lines(
-    model: DoLaJanusWrapper,
-    processor: Any,
-    prompts: Sequence[Prompt],
-    generation: Mapping[str, Any],
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-    compare: bool = False,
-    done: Collection[str | int] = (),
-) -> Generator[dict[str, Any], None, None]:
-    """The lines of the prompts that have none yet, as they come; see `answer_file` and `answer_many`."""
-
-    def configs(prompt: Prompt) -> list[DoLaConfig]:
-        off = replace(prompt.dola, use_dola_lm=False)
-        return [prompt.dola, off] if compare and prompt.dola.use_dola_lm else [prompt.dola]
-
-    how: Any = {"batch_size": batch_size, "seed": seed, "done": done}
-    for prompt, outcome in answer_many(model, processor, prompts, configs, generation, **how):
-        yield as_line(prompt, outcome, compare)
-
-
-def as_line(prompt: Prompt, outcome: Outcome, compare: bool) -> dict[str, Any]:
-    if outcome.error is not None:
-        return {"id": prompt.id, "error": outcome.error}
-    line = {"id": prompt.id} | outcome.answers[0]
-    if compare:
-        line["text_baseline"] = outcome.answers[-1]["text"]
-    if prompt.form is not None:
-        line["correct"] = prompt.is_right(line["text"])
-    return line
+                keep(lines)
+        return prompts, results.lines
 
 
 # One prompt.
@@ -410,31 +314,23 @@ def answer_one(config: AnswerConfig) -> None:
         model.config.use_dola_lm = use_dola_lm
         trace = DoLaTrace() if use_dola_lm and (config.compare or config.trace) else None
         streamer = TextStreamer(tokenizer, skip_special_tokens=True) if config.stream else None
-        watch = NaNWatch()
         torch.manual_seed(config.seed)
         start = time.perf_counter()
-        sequences = model.generate(**arguments, trace=trace, streamer=streamer, logits_processor=[watch])
+        answers = _generate(model.generate, arguments | {"streamer": streamer}, [model.config], trace)
         seconds = time.perf_counter() - start
-        if error := watch.errors(1)[0]:
-            raise ValueError(error)
-        answers = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        first = answers[0]
+        if "error" in first:
+            raise ValueError(first["error"])
         if config.compare:
-            tokens = int((sequences[0] != tokenizer.eos_token_id).sum()) + 1
             label = f"DoLa {'on' if use_dola_lm else 'off'}"
-            print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
-            print(f"{'':<10}({tokens} tokens, {seconds / tokens:.4f} seconds per token)")
+            print(*(f"{label:<10}{answer['text']}" for answer in answers), sep="\n")
+            print(f"{'':<10}({first['tokens']} tokens, {seconds / first['tokens']:.4f} seconds per token)")
+            if trace is not None:
+                print(f"{'layers':<10}{' '.join(map(str, first['layers']))}")
         elif not config.stream:
-            print(*answers, sep="\n")
-        if trace is not None:
-            report(trace, tokenizer, config)
-
-
-def report(trace: DoLaTrace, tokenizer: Any, config: AnswerConfig) -> None:
-    """Prints the layers chosen, with `compare`, and writes the trace, with `trace`."""
-    if config.compare:
-        print(f"{'layers':<10}{' '.join(str(layer) for layer in trace.layers[0][: trace.lengths[0]].tolist())}")
-    if config.trace:
-        folder = Path(config.trace)
-        trace.save(folder / "trace.jsonl")
-        trace.heatmap(folder / "trace.png", tokenizer)
-        print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")
+            print(*(answer["text"] for answer in answers), sep="\n")
+        if trace is not None and config.trace:
+            folder = Path(config.trace)
+            trace.save(folder / "trace.jsonl")
+            trace.heatmap(folder / "trace.png", tokenizer)
+            print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")

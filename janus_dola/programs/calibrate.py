@@ -11,18 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from janus_dola.config import DoLaConfig
-from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import Outcome, answer_many, check_batch
-from janus_dola.programs.options import ModelConfig, check_generation, read_config
-from janus_dola.programs.prompts import Prompt, fingerprint, read_prompts, yes_or_no
-from janus_dola.programs.results import Results
-from janus_dola.wrapper import DoLaJanusWrapper
+from janus_dola.programs.answer import answer_file
+from janus_dola.programs.options import read_config
+from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
 
 BASELINE = "off"
 OUTPUT = "outputs/calibrated.yaml"
@@ -30,28 +27,27 @@ RESAMPLES = 2000
 
 
 @dataclass
-class CalibrateConfig(ModelConfig):
+class CalibrateConfig(ManyConfig):
     """The keys of configs/default.yaml that name a model, and these:
 
     Attributes:
         data: JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", "choices",
             "answer": i}; POPE's {"question_id", "image", "text", "label"}. Without images, a question is text alone.
-        image_root: Folder of POPE's images.
         output: The winner's config goes there, the table as JSON and the answers as they come beside it; null is
             outputs/calibrated.yaml.
         alphas: Values of alpha to try.
-        batch_size: Questions answered together, each under all configurations; halved when memory runs out.
         strict: Whether a bad line stops the run.
         two_fold: Whether to choose on one half and report on the other as well, both ways, as the paper does.
     """
 
     data: str = ""
-    image_root: str = "."
     output: str | None = None
     alphas: list[float] = field(default_factory=lambda: [0.1])
-    batch_size: int = 8
     strict: bool = False
     two_fold: bool = False
+
+    SCORED: ClassVar = True
+    SETTINGS: ClassVar = (*ManyConfig.SETTINGS, "alphas")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,25 +61,27 @@ class CalibrateConfig(ModelConfig):
 
     def configurations(self) -> dict[str, DoLaConfig]:
         """What is compared, by name; the baseline first."""
-        named = {BASELINE: DoLaConfig(use_dola_lm=False)}
-        for bucket_id in (0, 1, 2):
-            for alpha in self.alphas:
-                named[f"bucket {bucket_id}, alpha {alpha:g}"] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
-        return named
+        return {BASELINE: DoLaConfig(use_dola_lm=False)} | {
+            f"bucket {bucket_id}, alpha {alpha:g}": DoLaConfig(alpha=alpha, bucket_id=bucket_id)
+            for bucket_id in (0, 1, 2)
+            for alpha in self.alphas
+        }
 
+    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
+        return list(self.configurations().values())
 
-def judge(prompt: Prompt, outcome: Outcome, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name of the configuration -> "correct", and "text", "said", "scores" or "logprob" where the form has them."""
-    results: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(names):
-        if prompt.form == "choices":
-            scores = outcome.logprobs[i]
-            results[name] = {"correct": scores.index(max(scores)) == prompt.answer, "scores": scores}
-            continue
-        text = outcome.answers[i]["text"]
-        results[name] = {"correct": prompt.is_right(text), "text": text}
-        results[name] |= {"said": yes_or_no(text)} if prompt.form == "pope" else {"logprob": outcome.logprobs[i][0]}
-    return results
+    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+        """Name of the configuration -> "correct", and "text", "said", "scores" or "logprob" where the form has them."""
+        results: dict[str, dict[str, Any]] = {}
+        for i, name in enumerate(self.configurations()):
+            if prompt.form == "choices":
+                scores = outcome.logprobs[i]
+                results[name] = {"correct": scores.index(max(scores)) == prompt.answer, "scores": scores}
+                continue
+            text = outcome.answers[i]["text"]
+            results[name] = {"correct": prompt.is_right(text), "text": text}
+            results[name] |= {"said": yes_or_no(text)} if prompt.form == "pope" else {"logprob": outcome.logprobs[i][0]}
+        return {"results": results}
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -94,16 +92,14 @@ def interval(values: np.ndarray) -> list[float]:
 
 def pope_measures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
     """Accuracy, precision, recall and F1 of "yes", and the share of "yes", as POPE reports them (arXiv 2305.10355)."""
-    pairs = list(zip(said, truth, strict=True))
-    hits = sum(pair == ("yes", "yes") for pair in pairs)
-    yes, true = sum(s == "yes" for s in said), sum(t == "yes" for t in truth)
-    precision, recall = hits / yes if yes else 0.0, hits / true if true else 0.0
+    yes, true = np.array(said) == "yes", np.array(truth) == "yes"
+    hits = (yes & true).sum()
     return {
-        "accuracy": sum(s == t for s, t in pairs) / len(pairs),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes_ratio": yes / len(pairs),
+        "accuracy": float((yes == true).mean()),
+        "precision": float(hits / max(yes.sum(), 1)),
+        "recall": float(hits / max(true.sum(), 1)),
+        "f1": float(2 * hits / max(yes.sum() + true.sum(), 1)),
+        "yes_ratio": float(yes.mean()),
     }
 
 
@@ -161,66 +157,33 @@ def two_fold(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> di
 
 def render(table: dict[str, dict[str, Any]]) -> str:
     """The table as text."""
-    has_pope = any("pope" in row for row in table.values())
-    head = ["configuration", "accuracy", "95 %", "vs off", "95 %", "gained", "lost", "log-prob"]
-    lines = [head + (["precision", "recall", "F1", "yes"] if has_pope else [])]
+    pope = ("precision", "recall", "f1", "yes_ratio") if "pope" in table[BASELINE] else ()
+    lines = [["configuration", "accuracy", "95 %", "vs off", "95 %", "gained", "lost", "log-prob"]]
+    lines[0] += ["precision", "recall", "F1", "yes"][: len(pope)]
     for name, row in table.items():
         (low, high), (down, up) = row["interval"], row["difference_interval"]
         line = [name, f"{row['accuracy']:.3f}", f"[{low:.3f}, {high:.3f}]", f"{row['difference']:+.3f}"]
         line += [f"[{down:+.3f}, {up:+.3f}]", str(row["gained"]), str(row["lost"])]
         line.append("" if row["logprob"] is None else f"{row['logprob']:.3f}")
-        if has_pope:
-            line += [f"{row['pope'][key]:.3f}" for key in ("precision", "recall", "f1", "yes_ratio")]
-        lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        lines.append([*line, *(f"{row['pope'][key]:.3f}" for key in pope)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
 
 
 def run(argv: Sequence[str]) -> None:
     config = read_config(CalibrateConfig, argv)
-    check_generation(config.generation)
-    check_batch(config.generation, config.batch_size)
-    keep = ("model_path", "roles", "dtype", "seed", "generation", "data", "image_root", "alphas")
-    settings = {name: value for name, value in asdict(config).items() if name in keep}
-    settings["data's sha256"] = fingerprint(config.data, "data")
     output = Path(config.output or OUTPUT)
-    processor = checkpoint.load_processor(config)
-    prompts, errors = read_prompts(
-        config.data,
-        processor,
-        checkpoint.load_config(config.model_path).get_text_config(),
-        config.dola(),
-        config.roles,
-        config.generation.get("max_new_tokens") or 1,
-        config.image_root,
-        "data",
-    )
-    errors += [{"id": p.id, "error": "the line must have an answer, or a label"} for p in prompts if p.form is None]
-    prompts = [prompt for prompt in prompts if prompt.form is not None]
-    named = config.configurations()
-    with Results(output.with_suffix(".results.jsonl"), settings) as results:
-        refuse(config, [*errors, *results.lines.values()])
-        if any(prompt.id not in results.lines for prompt in prompts):
-            model = DoLaJanusWrapper(checkpoint.load_model(config))
-            how: Any = {"batch_size": config.batch_size, "seed": config.seed, "done": results.lines.keys()}
-            every = list(named.values())
-            for prompt, outcome in answer_many(
-                model, processor, prompts, lambda _: every, config.generation, scored=True, **how
-            ):
-                line = {"error": outcome.error} if outcome.error else {"results": judge(prompt, outcome, list(named))}
-                results.write([{"id": prompt.id} | line])
-                refuse(config, [results.lines[prompt.id]])
-        errors += [results.lines[prompt.id] for prompt in prompts if "error" in results.lines[prompt.id]]
-        prompts = [prompt for prompt in prompts if "results" in results.lines[prompt.id]]
-        found = [results.lines[prompt.id]["results"] for prompt in prompts]
-    for line in errors:
-        print(f"{line['id']}: {line['error']}", file=sys.stderr)
+    good, lines = answer_file(config, "data", output.with_suffix(".results.jsonl"), config.strict)
+    prompts = [prompt for prompt in good if "results" in lines[prompt.id]]
+    found = [lines[prompt.id]["results"] for prompt in prompts]
+    bad_lines = [f"{line['id']}: {line['error']}" for line in lines.values() if "error" in line]
+    for bad in bad_lines:
+        print(bad, file=sys.stderr)
     if not found:
-        raise ValueError(f"data must hold at least one good line, got {len(errors)} bad ones in {config.data!r}")
+        raise ValueError(f"data must hold at least one good line, got {len(bad_lines)} bad ones in {config.data!r}")
 
     table = summarise(prompts, found)
     winner, reason = choose(table)
-    bad_lines = [f"{line['id']}: {line['error']}" for line in errors]
     report: dict[str, Any] = {"table": table, "winner": winner, "reason": reason, "bad_lines": bad_lines}
     print(render(table))
     print(f"\n{reason}")
@@ -231,14 +194,7 @@ def run(argv: Sequence[str]) -> None:
         chosen = " and ".join(fold["winner"] for fold in folds["folds"])
         print(f"two-fold: {folds['accuracy']:.3f} with the configuration chosen on the other half ({chosen})")
     output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(named[winner])
-    output.write_text(
-        f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n" + OmegaConf.to_yaml(mine), encoding="utf-8"
-    )
+    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(config.configurations()[winner])
+    about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
+    output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")
-
-
-def refuse(config: CalibrateConfig, lines: Sequence[dict[str, Any]]) -> None:
-    for line in lines:
-        if config.strict and "error" in line:
-            raise ValueError(f"data, {line['id']}: {line['error']}")

@@ -17,8 +17,10 @@ from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProce
 from janus.models.processing_vlm import load_tokenizer
 from janus.models.siglip_vit import tower_sizes
 from janus.utils.io import default_device
-from janus_dola.programs.options import TOKEN_IDS, ModelConfig, as_list, first_line
+from janus_dola.programs.options import ModelConfig, as_list, first_line
 from janus_dola.wrapper import DoLaJanusWrapper
+
+TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 
 
 def pick_device(device: str, dtype: str, stored: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
@@ -77,43 +79,46 @@ def load_config(path: str) -> Any:
     """A checkpoint's `MultiModalityConfig`, of the published layout, or `JanusConfig`, of transformers' own.
 
     Raises:
-        ValueError: It is no Janus checkpoint, or has no text decoder (LLaMA's default has 7 billion weights).
+        ValueError: It is not a Janus checkpoint, or has no text decoder (LLaMA's default has 7 billion weights).
     """
-    given, _ = MultiModalityConfig.get_config_dict(path)
-    if not isinstance(given, dict) or given.get("model_type") not in ("multi_modality", "janus"):
-        raise ValueError(
-            f"model_path {path!r} is not a Janus checkpoint: its config.json has no model_type multi_modality or janus"
-        )
-    if given["model_type"] == "janus" and not isinstance(given.get("text_config"), dict):  # as MultiModalityConfig does
-        raise ValueError(f"config.json: text_config must be a mapping, got {given.get('text_config')!r}")
-    return AutoConfig.from_pretrained(path)
-
-
-def load_processor(config: ModelConfig) -> Any:
-    """The checkpoint's processor, after checking all that can be known without its weights.
-
-    Raises:
-        ValueError: There is no Janus checkpoint, or it lacks a layer of the DoLa keys or a token of `generation`.
-    """
-    path = config.model_path
-    folder = Path(path)
     if not path:
         raise ValueError("model_path must be a folder or a name on the hub, got ''")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
         raise ValueError(f"model_path {path!r} is not a checkpoint: it has no config.json")
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(
             f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
         )
     with loading(path):
-        model_config = load_config(path)
-        language_config = model_config.get_text_config()
-        config.resolve_layers(language_config.num_hidden_layers)
-        V = language_config.vocab_size
-        for key in TOKEN_IDS:  # transformers would find out in the last step, or when the first row ends
-            for token in as_list(config.generation.get(key)):
-                if token is not None and token >= V:
-                    raise ValueError(f"generation.{key} must be below {V}, the model's vocabulary, got {token}")
+        given, _ = MultiModalityConfig.get_config_dict(path)
+        if not isinstance(given, dict) or given.get("model_type") not in ("multi_modality", "janus"):
+            wanted = "model_type multi_modality or janus"
+            raise ValueError(f"model_path {path!r} is not a Janus checkpoint: its config.json has no {wanted}")
+        if given["model_type"] == "janus" and not isinstance(given.get("text_config"), dict):  # as MultiModalityConfig
+            raise ValueError(f"config.json: text_config must be a mapping, got {given.get('text_config')!r}")
+        return AutoConfig.from_pretrained(path)
+
+
+def load_processor(config: ModelConfig, model_config: Any) -> Any:
+    """The checkpoint's processor, after checking all that can be known without its weights.
+
+    Args:
+        config: The program's.
+        model_config: The checkpoint's, from `load_config`.
+
+    Raises:
+        ValueError: The checkpoint is broken, or lacks a layer of the DoLa keys or a token of `generation`.
+    """
+    text, path = model_config.get_text_config(), config.model_path
+    config.resolve_layers(text.num_hidden_layers)
+    for key in TOKEN_IDS:  # transformers would find out in the last step, or when the first row ends
+        for token in as_list(value := config.generation.get(key)):
+            if token is not None and (not isinstance(token, int) or not 0 <= token < text.vocab_size):
+                raise ValueError(
+                    f"generation.{key} must be a token id or a list of them, below {text.vocab_size}, the model's "
+                    f"vocabulary, got {value!r}"
+                )
+    with loading(path):
         if model_config.model_type == "multi_modality":
             processor = VLChatProcessor.from_pretrained(path)
             check_images(processor, **tower_sizes(**model_config.vision_config.params))
@@ -153,20 +158,20 @@ def loading(path: str) -> Iterator[None]:
         ) from error
 
 
-def load_model(config: ModelConfig) -> Any:
-    """The checkpoint's model on its device, in eval mode.
+def load_model(config: ModelConfig, model_config: Any) -> Any:
+    """The checkpoint's model on its device, in eval mode; `model_config` is the checkpoint's.
 
     Raises:
         ValueError: A weight is missing, has another shape, or cannot be read.
     """
-    device, dtype = pick_device(config.device, config.dtype, load_config(config.model_path).dtype)
+    device, dtype = pick_device(config.device, config.dtype, model_config.dtype)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a table of all weights would come before the one line that names the wrong one
     try:
         with loading(config.model_path):
-            if load_config(config.model_path).model_type == "janus":
+            if model_config.model_type == "janus":
                 return NativeJanus(load_native(config.model_path, dtype).to(device).eval())
             return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
     finally:
@@ -194,5 +199,6 @@ def load_native(path: str, dtype: torch.dtype) -> Any:
 
 def load(config: ModelConfig) -> tuple[DoLaJanusWrapper, Any]:
     """The wrapped model and its processor."""
-    processor = load_processor(config)
-    return DoLaJanusWrapper(load_model(config), config.dola()), processor
+    model_config = load_config(config.model_path)
+    processor = load_processor(config, model_config)
+    return DoLaJanusWrapper(load_model(config, model_config), config.dola()), processor

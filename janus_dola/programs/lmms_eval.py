@@ -18,9 +18,16 @@ from transformers import GenerationConfig
 
 from janus.utils.io import load_pil_images
 from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import answer_many, check_batch, generate_arguments
-from janus_dola.programs.options import ModelConfig, as_list, check_generation, read_config
-from janus_dola.programs.prompts import IMAGE_TAG, Prompt, build_conversation, encode_continuations, prompt_length
+from janus_dola.programs.answer import answer_many, generate_arguments
+from janus_dola.programs.options import ModelConfig, as_list, read_config
+from janus_dola.programs.prompts import (
+    IMAGE_TAG,
+    ManyConfig,
+    Prompt,
+    build_conversation,
+    encode_continuations,
+    prompt_length,
+)
 
 WINDOW = 32  # batches whose images are in memory together, to make batches of prompts of like lengths from
 
@@ -59,20 +66,21 @@ class JanusDoLa(lmms):
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         seen: Counter[str] = Counter()
-        how: Any = {"batch_size": self.batch_size, "seed": self.options.seed}
         for group in groups.values():
             given = requests[group[0]].args[1]
-            arguments, until = self.arguments(given), as_list(given.get("until") or [])
+            config = ManyConfig(
+                **{**vars(self.options), "generation": self.arguments(given), "batch_size": self.batch_size}
+            )
+            config.check_batch()
+            until = as_list(given.get("until") or [])
             for start in range(0, len(group), WINDOW * self.batch_size):
                 window = group[start : start + WINDOW * self.batch_size]
                 prompts = {prompt.id: (i, prompt) for i in window for prompt in [self.prompt(requests[i], seen)]}
                 waiting = [prompt for _, prompt in prompts.values()]
-                for prompt, outcome in answer_many(
-                    self.model, self.processor, waiting, lambda prompt: [prompt.dola], arguments, **how
-                ):
-                    if outcome.error is not None:
-                        raise ValueError(f"{prompt.id}: {outcome.error}")
-                    answers[prompts[prompt.id][0]] = cut(outcome.answers[0]["text"], until)
+                for line in answer_many(self.model, self.processor, waiting, config):
+                    if "error" in line:
+                        raise ValueError(f"{line['id']}: {line['error']}")
+                    answers[prompts[line["id"]][0]] = cut(line["text"], until)
         return answers
 
     def prompt(self, request: Any, seen: Counter[str]) -> Prompt:
@@ -97,8 +105,6 @@ class JanusDoLa(lmms):
         if not arguments["do_sample"]:
             for name in ("temperature", "top_p", "top_k"):
                 arguments.pop(name, None)
-        check_batch(arguments, self.batch_size)
-        check_generation(arguments)
         return arguments
 
     def turns(self, context: str, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[dict[str, Any]]:
@@ -130,12 +136,12 @@ class JanusDoLa(lmms):
             inputs = self.processor(conversations=turns, images=load_pil_images(turns))
             inputs = inputs.to(self.model.device, self.model.dtype)
             prompt = self.model.prepare_inputs_embeds(**inputs)  # [1, P, d]
-            ids, known = encode_continuations(tokenizer, [text.lstrip() for text in texts])  # [choices, T]
-            log_p = self.model.score(prompt, continuation_ids=ids, continuation_mask=known).sum(-1).cpu()  # [choices]
+            ids, mask = encode_continuations(tokenizer, [text.lstrip() for text in texts])  # [choices, T]
+            log_p = self.model.score(prompt, continuation_ids=ids, continuation_mask=mask).sum(-1).cpu()  # [choices]
             arguments = generate_arguments(tokenizer, {"do_sample": False, "max_new_tokens": ids.shape[1]})
             greedy = self.model.generate(inputs_embeds=prompt, attention_mask=inputs.attention_mask, **arguments)
-            for loss, row, mask in zip((-log_p / known.sum(-1)).tolist(), ids, known.bool(), strict=True):
-                text_ids = row[mask].tolist()
+            for loss, row, own in zip((-log_p / mask.sum(-1)).tolist(), ids, mask.bool(), strict=True):
+                text_ids = row[own].tolist()
                 results.append(GenerationResult((loss, greedy[0, : len(text_ids)].tolist() == text_ids)))
         return results
 

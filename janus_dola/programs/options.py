@@ -5,8 +5,9 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 # In a wheel the package has the configs; in a checkout they lie beside it.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
 DEFAULT = CONFIGS / "default.yaml"
@@ -55,6 +55,7 @@ class ModelConfig(DoLaConfig):
             raise ValueError(f"roles must be two names, user and assistant, got {self.roles}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed}")
+        check_generation(self.generation)
 
     def dola(self) -> DoLaConfig:
         return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
@@ -75,13 +76,9 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     if {"--help", "-h"} & set(argv):
         print(usage(schema, default))
         sys.exit()
-    names = {key.name for key in fields(schema)}
-    foreign = (read_yaml(DEFAULT).keys() if default is not None else set()) - names  # keys of other programs
     # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
     text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
-    texts: dict[str, str] = {}
-    overrides: list[str] = []
-    files = [] if default is None else [default]
+    files, texts, overrides = [default] if default is not None else [], {}, []
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or not key:
@@ -92,19 +89,53 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
             texts[key] = value
         else:
             overrides.append(argument)
+    foreign = set() if default is None else read_yaml(DEFAULT).keys() - {key.name for key in fields(schema)}
     layers = [{key: v for key, v in read_yaml(file).items() if key not in foreign} for file in files]
+    return schema(**merge(schema, layers, overrides) | texts)
+
+
+def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Mappings over a dataclass, each over those before it.
+
+    Args:
+        schema: The dataclass, or an instance with its defaults.
+        layers: The mappings.
+        overrides: `key=value`, over them all.
+
+    Raises:
+        ValueError: A key is not one of the dataclass, its value of another type, or an interpolation.
+    """
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), *layers, OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(config, resolve=False, structured_config_mode=None)  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, schema)) from error
-    except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
-        raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
+        given = OmegaConf.from_dotlist(list(overrides))
+        values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), *layers, given))
     except yaml.YAMLError as error:
         raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
-    merged: dict[str, Any] = {str(key): value for key, value in dict(values).items()}  # type: ignore[arg-type]
-    refuse_interpolations(merged)
-    return schema(**(merged | texts))
+    except OmegaConfBaseException as error:
+        key, names = str(error.full_key or error.key or ""), [item.name for item in fields(schema)]
+        if key and re.split(r"[.\[]", key)[0] not in names:
+            raise ValueError(unknown_key(key, names)) from error
+        raise ValueError(f"{key or 'config'}: {first_line(error)}") from error
+    except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
+        raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
+    refuse_interpolations(values)
+    return values
+
+
+def refuse_interpolations(values: Mapping[Any, Any], prefix: str = "") -> None:
+    """A configuration is data: `${oc.env:SECRET}` must not read the environment."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_interpolations(value, f"{prefix}{key}.")
+        elif "${" in str(value):
+            raise ValueError(f"{prefix}{key} must not use an interpolation, got {value!r}")
+
+
+def read_bytes(path: str | PathLike[str], key: str) -> bytes:
+    """The contents of the file that `key` names."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{key} must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -113,10 +144,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It cannot be read, or is something else.
     """
+    text = read_bytes(path, "config")
     try:
-        loaded = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
-    except OSError as error:
-        raise ValueError(f"config must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
+        loaded = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(text.decode()) or {}))
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"config {str(path)!r} is not a YAML mapping: {first_line(error)}") from error
     if not isinstance(loaded, dict):
@@ -129,46 +159,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def usage(schema: type, default: Path | None) -> str:
     """What --help prints: what the program does, with examples, then its keys with comments."""
-    text = inspect.getdoc(sys.modules[schema.__module__]) or ""
     names = {key.name for key in fields(schema)}
-    lines, wanted = [], True
-    for line in default.read_text(encoding="utf-8").splitlines() if default is not None else ():
-        if key := re.match(r"(\w+):", line):
-            wanted = key[1] in names
-        if wanted or line.startswith("# ") or not line:
-            lines.append(line)
-    return "\n".join([text, "", *lines, "", inspect.getdoc(schema) or ""])
+    text = default.read_text(encoding="utf-8") if default is not None else ""
+    parts = re.split(r"^(?=\w+:|# |\n)", text, flags=re.MULTILINE)  # a key with its comments, a heading, a blank line
+    keys = "".join(part for part in parts if (key := re.match(r"(\w+):", part)) is None or key[1] in names)
+    return "\n".join([inspect.getdoc(sys.modules[schema.__module__]) or "", "", keys, inspect.getdoc(schema) or ""])
 
 
-def refuse_interpolations(value: Any, key: str = "") -> None:
-    """A configuration is data: `${oc.env:SECRET}` must not read the environment."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            refuse_interpolations(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            refuse_interpolations(item, key)
-    elif isinstance(value, str) and "${" in value:
-        raise ValueError(f"{key} must not use an interpolation, got {value!r}")
-
-
-def explain(error: OmegaConfBaseException, schema: type) -> str:
-    """OmegaConf's error in one line, with the near miss of an unknown key."""
-    key = str(error.full_key or error.key or "")
-    names = [item.name for item in fields(schema)]
-    if key and re.split(r"[.\[]", key)[0] not in names:
-        return unknown_key(key, names)
-    return f"{key or 'config'}: {first_line(error)}"
-
-
-def unknown_key(key: str, names: Sequence[str]) -> str:
+def unknown_key(key: str, names: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(key, names, n=1)
-    return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(names)}")
+    hint = f"did you mean {prefix + near[0]!r}?" if near else f"allowed are {', '.join(names)}"
+    return f"unknown key {prefix + key!r}, {hint}"
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
@@ -197,13 +202,8 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig
 
     names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    for key in generation:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = (
-                f", did you mean {'generation.' + near[0]!r}?" if near else ", transformers' generate does not take it"
-            )
-            raise ValueError(f"unknown key {'generation.' + key!r}{hint}")
+    if unknown := [key for key in generation if key not in names]:
+        raise ValueError(unknown_key(unknown[0], names, "generation."))
     if generation.get("return_dict_in_generate"):
         raise ValueError("generation.return_dict_in_generate must be left off: the answers alone are printed")
     # transformers checks some of these too late, or divides by them.
@@ -211,10 +211,6 @@ def check_generation(generation: Mapping[str, Any]) -> None:
         value = generation.get(key, 1)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"generation.{key} must be an integer of at least 1, got {value!r}")
-    for key in TOKEN_IDS:
-        for token in as_list(value := generation.get(key)):
-            if token is not None and (not isinstance(token, int) or token < 0):
-                raise ValueError(f"generation.{key} must be a token id or a list of them, got {value!r}")
     try:
         GenerationConfig(**generation)
     except TypeError as error:

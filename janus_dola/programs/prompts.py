@@ -5,18 +5,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL.Image import Image
+from torch.nn.utils.rnn import pad_sequence
 
+from janus_dola.call import UNSUPPORTED
 from janus_dola.config import DoLaConfig
-from janus_dola.programs.options import explain, first_line, refuse_interpolations, unknown_key
+from janus_dola.programs.options import ModelConfig, first_line, merge, read_bytes, unknown_key
 
 IMAGE_TAG = "<image_placeholder>"
 DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
@@ -24,6 +25,14 @@ DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
 FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
 KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS, "answer", "choices")
 POPE_KEYS = ("id", "question_id", "image", "text", "label", *DOLA_KEYS)
+# Arguments of `generate`, the values that leave them off, and why they cannot be in a batch run.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = UNSUPPORTED | {
+    "num_return_sequences": ((None, 1), "each prompt has one answer"),
+    "max_length": ((None,), "it counts the padding, max_new_tokens does not"),
+    "min_length": ((None, 0), "it counts the padding, min_new_tokens does not"),
+    "exponential_decay_length_penalty": ((None,), "it counts the padding"),
+    "max_time": ((None,), "it ends all answers of a batch at once"),
+}
 
 
 @dataclass
@@ -55,6 +64,68 @@ class Prompt:
         return normalise(text) == normalise(self.choices[self.answer] if self.choices else self.answer)
 
 
+@dataclass
+class Outcome:
+    """What became of a prompt.
+
+    Attributes:
+        error: Why there is no answer, or None.
+        answers: For each of the prompt's configurations {"text", "tokens", "layers"}: the answer, how many tokens it
+            took up to and with the end of sequence, and the layer M of each, None without DoLa.
+        logprobs: Mean log-probabilities of the tokens of each choice, or of the right answer, [configs, choices].
+    """
+
+    error: str | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class ManyConfig(ModelConfig):
+    """The keys of programs that answer many prompts; each says under which configurations, and what it keeps.
+
+    Attributes:
+        image_root: Folder of the images of lines in POPE's form.
+        batch_size: Prompts answered together; halved when memory runs out.
+        workers: Processes that answer, on Ray; 0 is this process alone.
+    """
+
+    image_root: str = "."
+    batch_size: int = 8
+    workers: int = 0
+
+    SCORED: ClassVar[bool] = False  # each prompt must have an answer; choices are scored, and right answers as well
+    SETTINGS: ClassVar[tuple[str, ...]] = ("model_path", "roles", "generation", "seed", "image_root")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
+            raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
+
+    def check_batch(self) -> None:
+        """Refuses what cannot be in a batch run; nothing needs to be loaded for it.
+
+        Raises:
+            ValueError: `batch_size` or an argument of `generate` is out of its range.
+        """
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name, (off, reason) in REFUSED.items():
+            if (value := self.generation.get(name)) not in off:
+                raise ValueError(f"generation.{name} must be left off in a batch run, got {value!r}: {reason}")
+
+    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
+        """The configurations to answer a prompt under."""
+        return [prompt.dola]
+
+    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+        """What a file of results keeps of an answered prompt, beside its id."""
+        text = outcome.answers[0]["text"]
+        return outcome.answers[0] | ({} if prompt.form is None else {"correct": prompt.is_right(text)})
+
+
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and extra spaces, as SQuAD compares answers."""
     text = re.sub(r"[^\w\s]", " ", text.lower())
@@ -68,27 +139,17 @@ def yes_or_no(text: str) -> str:
 
 
 def read_prompts(
-    path: str | PathLike[str],
-    processor: Any,
-    language_config: Any,
-    dola: DoLaConfig,
-    roles: Sequence[str],
-    max_new_tokens: int = 1,
-    image_root: str = ".",
-    key: str = "prompts",
+    config: ManyConfig, path: str | PathLike[str], processor: Any, model_config: Any, key: str = "prompts"
 ) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """The lines of a file of prompts. No image is opened yet.
 
     Args:
+        config: The run's. A line's own DoLa keys win over it.
         path: JSON lines, each with `question` and, if it has some, `images`, or with `conversation`; or POPE's `text`
             and `image`. Optionally with `id`, with keys of `DoLaConfig`, and with `answer`, with `choices` and one's
             index as `answer`, or with POPE's `label`. Empty lines do not count.
         processor: The checkpoint's.
-        language_config: The language model's; it limits layers and positions.
-        dola: For the keys that a line does not have.
-        roles: The names of user and assistant.
-        max_new_tokens: Positions to leave for the answer.
-        image_root: Folder of POPE's images.
+        model_config: The checkpoint's; it limits layers and positions.
         key: What errors call the file.
 
     Returns:
@@ -97,10 +158,11 @@ def read_prompts(
     Raises:
         ValueError: The file cannot be read.
     """
+    text_config, new = model_config.get_text_config(), config.generation.get("max_new_tokens") or 1
     prompts: list[Prompt] = []
     errors: list[dict[str, Any]] = []
     seen: dict[str | int, int] = {}  # id -> its line
-    for number, line in enumerate(_read(path, key).splitlines(), 1):
+    for number, line in enumerate(read_bytes(path, key).splitlines(), 1):
         if not line.strip():
             continue
         name: str | int = f"line {number}"
@@ -112,31 +174,29 @@ def read_prompts(
             if (first := seen.setdefault(own, number)) != number:
                 raise ValueError(f"id must be of one line alone, got {own!r} on line {number} and on line {first}")
             name = own
-            answer = _answer(given, image_root)
-            turns = _turns(given, roles)
-            own_dola = _dola(given, dola, language_config.num_hidden_layers)
+            form, *answer = _answer(given, config.image_root)
+            if form is None and config.SCORED:
+                raise ValueError("the line must have an answer, or a label")
+            turns = build_conversation(
+                config.roles, given.get("question"), given.get("images") or [], given.get("conversation")
+            )
+            dola = DoLaConfig(**merge(config.dola(), [{key: given[key] for key in DOLA_KEYS if key in given}]))
+            dola.resolve_layers(text_config.num_hidden_layers)
             length = prompt_length(turns, processor)
-            if length + max_new_tokens > language_config.max_position_embeddings:
+            if length + new > text_config.max_position_embeddings:
                 raise ValueError(
-                    f"too long: the prompt's {length} tokens and {max_new_tokens} new ones (max_new_tokens) are more "
-                    f"than the model's {language_config.max_position_embeddings} positions"
+                    f"too long: the prompt's {length} tokens and {new} new ones (max_new_tokens) are more than the "
+                    f"model's {text_config.max_position_embeddings} positions"
                 )
-            prompts.append(Prompt(name, turns, own_dola, length, *answer))
+            prompts.append(Prompt(name, turns, dola, length, form, *answer))
         except ValueError as error:
             errors.append({"id": name, "error": str(error)})
     return prompts, errors
 
 
-def _read(path: str | PathLike[str], key: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{key} must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
-
-
 def fingerprint(path: str | PathLike[str], key: str = "prompts") -> str:
     """What stands for the contents of a file of prompts in a run's settings."""
-    return "sha256 " + hashlib.sha256(_read(path, key)).hexdigest()[:16]
+    return "sha256 " + hashlib.sha256(read_bytes(path, key)).hexdigest()[:16]
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -164,7 +224,7 @@ def _answer(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tu
         if answer not in ("yes", "no"):
             raise ValueError(f"label must be yes or no, got {given['label']!r}")
         given["question"] = given["text"]
-        given["images"] = [os.path.join(image_root, given["image"])] if given.get("image") else []
+        given["images"] = [os.path.join(image_root, str(given["image"]))] if given.get("image") else []
     elif form == "choices":
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise ValueError(f"choices must be a list of at least two strings, got {choices!r}")
@@ -173,29 +233,6 @@ def _answer(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tu
     elif form == "answer" and not (isinstance(answer, str) and answer.strip()):
         raise ValueError(f"answer must be a string, got {answer!r}")
     return form, answer, tuple(choices or ())
-
-
-def _turns(given: Mapping[str, Any], roles: Sequence[str]) -> list[dict[str, Any]]:
-    question, images, conversation = (given.get(key) for key in ("question", "images", "conversation"))
-    if not isinstance(question, (str, type(None))):
-        raise ValueError(f"question must be a string, got {question!r}")
-    if not isinstance(images or [], list) or not all(isinstance(image, str) for image in images or []):
-        raise ValueError(f"images must be a list of paths or data URLs, got {images!r}")
-    if not isinstance(conversation, (list, type(None))):
-        raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
-    return build_conversation(roles, question, images or [], conversation)
-
-
-def _dola(given: Mapping[str, Any], dola: DoLaConfig, num_layers: int) -> DoLaConfig:
-    own = {key: given[key] for key in DOLA_KEYS if key in given}
-    refuse_interpolations(own)
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(dola), own))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, DoLaConfig)) from error
-    dola = DoLaConfig(**merged)  # type: ignore[arg-type]
-    dola.resolve_layers(num_layers)
-    return dola
 
 
 def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:
@@ -212,10 +249,9 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Te
 
     A space comes before each, as after "Assistant:" in training.
     """
-    encoded = [tokenizer.encode(" " + text, add_special_tokens=False) for text in texts]
-    T = max(map(len, encoded))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in encoded])
-    return ids, torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in encoded])
+    rows = [torch.tensor(tokenizer.encode(" " + text, add_special_tokens=False)) for text in texts]
+    ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows]))
+    return ids, mask
 
 
 def build_conversation(
@@ -235,16 +271,19 @@ def build_conversation(
     Raises:
         ValueError: Both or none of `question` and `conversation`, an empty turn, or images not as many as image tags.
     """
+    if not isinstance(question, (str, NoneType)):
+        raise ValueError(f"question must be a string, got {question!r}")
+    if not isinstance(conversation, (list, tuple, NoneType)):
+        raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
     if (question is None) == (not conversation):
         raise ValueError(
             f"exactly one of question and conversation must be given, got {question!r} and {conversation!r}"
         )
+    check_images("images", images)
     if conversation:
-        if not isinstance(conversation, Sequence) or isinstance(conversation, str):
-            raise ValueError(f"conversation must be a list of turns, got {conversation!r}")
-        turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
         if images:
             raise ValueError(f"images go into the turns of a conversation, got {list(images)} beside it")
+        turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
     else:
         if not (question or "").strip():
             raise ValueError(f"question must not be empty, got {question!r}")
@@ -259,20 +298,21 @@ def build_conversation(
     return turns
 
 
+def check_images(name: str, images: Any) -> None:
+    if not isinstance(images, (list, tuple)) or not all(isinstance(image, (str, Image)) for image in images):
+        raise ValueError(f"{name} must be a list of paths or data URLs, got {images!r}")
+
+
 def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
+    where = f"turn {index + 1}"
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-        raise ValueError(f"conversation: turn {index + 1} must have content, a string, got {turn!r}")
+        raise ValueError(f"conversation: {where} must have content, a string, got {turn!r}")
     if unknown := sorted(map(str, turn.keys() - {"role", "content", "images"})):
-        raise ValueError(
-            f"conversation: turn {index + 1} has unknown keys {unknown}, allowed are role, content, images"
-        )
+        raise ValueError(f"conversation: {where} has unknown keys {unknown}, allowed are role, content, images")
     role, images = turn.get("role", roles[index % 2]), turn.get("images") or []
     if role not in roles:
-        raise ValueError(f"conversation: role of turn {index + 1} must be one of {list(roles)}, got {role!r}")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(
-            f"conversation: images of turn {index + 1} must be a list of paths or data URLs, got {images!r}"
-        )
+        raise ValueError(f"conversation: role of {where} must be one of {list(roles)}, got {role!r}")
+    check_images(f"conversation: images of {where}", images)
     if not turn["content"].strip() and role == roles[0]:
-        raise ValueError(f"conversation: turn {index + 1} must not be empty, got {turn['content']!r}")
+        raise ValueError(f"conversation: {where} must not be empty, got {turn['content']!r}")
     return {"role": role, "content": turn["content"], "images": images}

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import AnswerConfig, answer_lines
-from janus_dola.programs.prompts import Prompt
+from janus_dola.programs.answer import answer_many
+from janus_dola.programs.prompts import ManyConfig, Prompt
 from janus_dola.wrapper import DoLaJanusWrapper
 
 
@@ -32,7 +32,7 @@ class Worker:
         threads: CPU threads to use.
     """
 
-    def __init__(self, config: AnswerConfig, folder: str, threads: int) -> None:
+    def __init__(self, config: ManyConfig, folder: str, threads: int) -> None:
         self.config, self.folder, self.threads = config, folder, threads
         self.loaded: tuple[DoLaJanusWrapper, Any] | None = None
 
@@ -49,8 +49,7 @@ class Worker:
             self.loaded = checkpoint.load(self.config)
         own = [{"dola": DoLaConfig(**prompt["dola"]), "choices": tuple(prompt["choices"])} for prompt in prompts]
         batch = [Prompt(**prompt | typed) for prompt, typed in zip(prompts, own, strict=True)]
-        how: Any = {key: getattr(self.config, key) for key in ("batch_size", "seed", "compare")}
-        return answer_lines(*self.loaded, batch, self.config.generation, **how, done=done)
+        return answer_many(*self.loaded, batch, self.config, done)
 
 
 @contextmanager
@@ -68,9 +67,9 @@ def silent_stderr() -> Iterator[None]:
 
 
 def answer_with_workers(
-    config: AnswerConfig, dtype: torch.dtype, prompts: Sequence[Prompt], done: Collection[str | int] = ()
+    config: ManyConfig, dtype: torch.dtype, prompts: Sequence[Prompt], done: Collection[str | int] = ()
 ) -> Generator[dict[str, Any], None, None]:
-    """The lines of `answer_lines` with `config.workers` actors, as they come, and with its progress bar.
+    """The lines of `answer_many` with `config.workers` actors, as they come, and with its progress bar.
 
     The cluster is that of RAY_ADDRESS, or one on this machine, which ends with the iterator.
 

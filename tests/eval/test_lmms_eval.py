@@ -287,8 +287,8 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="task/test/0: janus_dola takes images alone, got str"):
         model.generate_until([request(model, "What?", {}, images=["film.mp4"])])
     with pytest.raises(ValueError, match="num_return_sequences must be left off"):
-        model.generate_until([request(model, "What?", {"num_return_sequences": 2})])
-    monkeypatch.setattr(program, "answer_many", lambda *args, **kwargs: [(args[2][0], answer.Outcome("out of memory"))])
+        model.generate_until([request(model, "What?", {"num_return_sequences": 2, "num_beams": 2})])
+    monkeypatch.setattr(program, "answer_many", lambda *args: [{"id": args[2][0].id, "error": "out of memory"}])
     with pytest.raises(ValueError, match="task/test/0/1: out of memory"):
         model.generate_until([request(model, "What?", {})])
     with pytest.raises(NotImplementedError, match="one question at a time"):
