@@ -27,6 +27,7 @@ from janus_dola.call import UNSUPPORTED
 from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
+from janus_dola.programs.differences import differences
 from janus_dola.programs.options import CONFIGS, ModelConfig, as_list, check_generation, first_line, read_config
 from janus_dola.programs.prompts import (
     DOLA_KEYS,
@@ -401,6 +402,7 @@ def answer_one(config: AnswerConfig) -> None:
     prompt = {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask}
     arguments = generate_arguments(tokenizer, config.generation) | prompt
 
+    compared: list[tuple[str, list[str], int, float]] = []  # what print_comparison takes
     if config.compare:
         model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder
         for image in (image for turn in turns for image in turn["images"]):
@@ -420,13 +422,29 @@ def answer_one(config: AnswerConfig) -> None:
         answers = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
         if config.compare:
             tokens = int((sequences[0] != tokenizer.eos_token_id).sum()) + 1
-            label = f"DoLa {'on' if use_dola_lm else 'off'}"
-            print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
-            print(f"{'':<10}({tokens} tokens, {seconds / tokens:.4f} seconds per token)")
+            compared.append((f"DoLa {'on' if use_dola_lm else 'off'}", answers, tokens, seconds))
         elif not config.stream:
             print(*answers, sep="\n")
-        if trace is not None:
-            report(trace, tokenizer, config)
+    if config.compare:
+        print_comparison(compared)
+    if trace is not None:
+        report(trace, tokenizer, config)
+
+
+def print_comparison(compared: list[tuple[str, list[str], int, float]]) -> None:
+    """Prints the label, answers, tokens and seconds of both runs; on a terminal the words that differ have a colour."""
+    (_, off, *_), (_, on, *_) = compared
+    shown = [off, on]
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        pairs = zip(*map(differences, off, on), strict=True)  # off's answers and on's, in parts
+        red, green = "\033[4;31m{}\033[0m", "\033[4;32m{}\033[0m"  # both underlined
+        shown = [
+            ["".join(colour.format(text) if differs else text for text, differs in parts) for parts in side]
+            for colour, side in zip((red, green), pairs, strict=True)
+        ]
+    for (label, _, tokens, seconds), answers in zip(compared, shown, strict=True):
+        print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
+        print(f"{'':<10}({tokens} tokens, {seconds / tokens:.4f} seconds per token)")
 
 
 def report(trace: DoLaTrace, tokenizer: Any, config: AnswerConfig) -> None:
