@@ -2,7 +2,7 @@
 
 One question:    janus-dola config=configs/janus_pro_7b.yaml image=cat.png question="What is on the sofa?"
 Off against on:  janus-dola image=cat.png question="What is on the sofa?" compare=true trace=outputs
-Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl batch_size=8
+Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl compare=true report=REPORT.html
 """
 
 import hashlib
@@ -67,6 +67,7 @@ class AnswerConfig(ModelConfig):
     trace: str | None = None
     prompts: str | None = None
     output: str | None = None
+    report: str | None = None
     image_root: str = "."
     batch_size: int = 8
     workers: int = 0
@@ -79,6 +80,9 @@ class AnswerConfig(ModelConfig):
             raise ValueError(f"images must be paths or data URLs, got {images!r}")
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
+        check_report(self.report)
+        if self.report is not None and self.prompts is None:
+            raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
         for key in ("question", "images", "conversation", "stream", "trace"):
             if self.prompts is not None and (value := getattr(self, key)):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
@@ -86,6 +90,12 @@ class AnswerConfig(ModelConfig):
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
             raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
+
+
+def check_report(path: str | None) -> None:
+    """Refuses what is not the name of a page, such as the file of prompts, before it is overwritten."""
+    if path is not None and not path.endswith(".html"):
+        raise ValueError(f"report must end in .html, got {path!r}")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -311,6 +321,7 @@ def answer_file(config: AnswerConfig, path: str, output: str) -> int:
 
     A line of the output is {"id", "text", "tokens", "layers"}, see `Outcome`, or {"id", "error"}; "text_baseline" with
     `compare` is the answer without DoLa. Where the prompt has an answer, "correct" says whether the text gives it.
+    `report` is a page of them all.
     """
     check_batch(config.generation, config.batch_size)
     check_generation(config.generation)
@@ -343,6 +354,10 @@ def answer_file(config: AnswerConfig, path: str, output: str) -> int:
             with closing(lines):
                 for line in lines:
                     results.write([line])
+        if config.report is not None:
+            from janus_dola.programs.report import write_report  # which imports calibrate, which imports this
+
+            write_report(config.report, output, settings, prompts, results.lines)
         failed = sum("error" in line for line in results.lines.values())
         if failed:
             print(f"{failed} of {len(prompts) + len(errors)} prompts are errors in {output}", file=sys.stderr)

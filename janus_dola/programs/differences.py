@@ -16,9 +16,9 @@ def differences(a: str, b: str) -> tuple[Parts, Parts]:
     Spaces alone make no difference.
     """
     words = WORD.findall(a), WORD.findall(b)
-    bare = [[word.strip() for word in side] for side in words]
+    a_bare, b_bare = ([word.strip() for word in side] for side in words)
     parts: tuple[Parts, Parts] = [], []
-    for tag, *spans in SequenceMatcher(None, *bare, autojunk=False).get_opcodes():
+    for tag, *spans in SequenceMatcher(None, a_bare, b_bare, autojunk=False).get_opcodes():
         for part, side, start, stop in zip(parts, words, spans[::2], spans[1::2], strict=True):
             text = "".join(side[start:stop])
             if tag == "equal":
