@@ -357,7 +357,7 @@ def answer_file(config: AnswerConfig, path: str, output: str) -> int:
         if config.report is not None:
             from janus_dola.programs.report import write_report  # which imports calibrate, which imports this
 
-            write_report(config.report, output, settings, prompts, results.lines)
+            write_report(config.report, output, prompts)
         failed = sum("error" in line for line in results.lines.values())
         if failed:
             print(f"{failed} of {len(prompts) + len(errors)} prompts are errors in {output}", file=sys.stderr)

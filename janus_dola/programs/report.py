@@ -57,7 +57,7 @@ class ReportConfig:
 
 def run(argv: Sequence[str]) -> None:
     config = read_config(ReportConfig, argv, default=None)
-    settings, lines = read_results(config.output)
+    settings, _ = read_results(config.output)
     if settings.get("prompts") != fingerprint(config.prompts):
         raise ValueError(f"prompts must be the file that {config.output!r} answers, got {config.prompts!r}")
     own = {key: settings[key] for key in ("model_path", "roles", "generation", *DOLA_KEYS)}
@@ -71,25 +71,18 @@ def run(argv: Sequence[str]) -> None:
         model.generation.get("max_new_tokens") or 1,
         model.image_root,
     )
-    write_report(config.report, config.output, settings, prompts, lines)
+    write_report(config.report, config.output, prompts)
 
 
-def write_report(
-    path: str | PathLike[str],
-    title: str,
-    settings: Mapping[str, Any],
-    prompts: Sequence[Prompt],
-    lines: Mapping[str | int, dict[str, Any]],
-) -> None:
+def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts: Sequence[Prompt]) -> None:
     """Writes the page.
 
     Args:
         path: Where to.
-        title: What to call the run.
-        settings: The run's, as `Results` keeps them.
-        prompts: Its good prompts.
-        lines: Its output so far, by id.
+        output: The run's answers, as far as they are there.
+        prompts: The run's good prompts.
     """
+    settings, lines = read_results(output)
     answered = [(prompt, lines[prompt.id]) for prompt in prompts if prompt.id in lines]
     done = [(prompt, line) for prompt, line in answered if "error" not in line]
     known = {prompt.id for prompt in prompts}
@@ -100,7 +93,7 @@ def write_report(
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.get_template("report.html").stream(
-        title=title,
+        title=output,
         settings=settings,
         compare=settings["compare"],
         counts={

@@ -18,6 +18,7 @@ from janus_dola.programs.calibrate import interval
 from janus_dola.programs.differences import differences
 from janus_dola.programs.prompts import Prompt, normalise
 from janus_dola.programs.report import write_report
+from janus_dola.programs.results import Results
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGES = GOLDEN / "expected" / "images"
@@ -185,16 +186,18 @@ def test_500_prompts(browser: Any, tmp_path: Path) -> None:
     for i in range(25):
         noise = np.random.default_rng(i).integers(0, 256, (320, 320, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
-    prompts, lines = [], {}
+    prompts, lines = [], []
     for i in range(500):
         turns = [{"role": "<|User|>", "content": f"Question {i}?", "images": [str(tmp_path / f"{i % 25}.png")]}]
         prompts.append(Prompt(i, turns, DoLaConfig(), 10, "answer", "yes"))
         words = [f"word{draw.randrange(500)}" for _ in range(300)]
         other = [word if draw.random() < 0.9 else "other" for word in words]
-        lines[i] = {"id": i, "text": " ".join(other), "text_baseline": " ".join(words)}
-        lines[i] |= {"layers": [draw.choice([22, 24, 26, 28]) for _ in range(300)]}
+        lines.append({"id": i, "text": " ".join(other), "text_baseline": " ".join(words)})
+        lines[-1] |= {"layers": [draw.choice([22, 24, 26, 28]) for _ in range(300)]}
     settings = {"compare": True, "model_path": "x", "dtype": "torch.float32"} | vars(DoLaConfig())
-    write_report(tmp_path / "x.html", "x", settings, prompts, lines)
+    with Results(tmp_path / "x.jsonl", settings) as results:
+        results.write(lines)
+    write_report(tmp_path / "x.html", tmp_path / "x.jsonl", prompts)
     assert (tmp_path / "x.html").stat().st_size < 20e6
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     page = context.new_page()
