@@ -1,5 +1,6 @@
 """The picture of a trace. Needs matplotlib, the extra `viz`."""
 
+import re
 from itertools import accumulate
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuan
          "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
 NO_GLYPHS = ("last resort", "lastresort", "blank", "color")  # boxes for everything; pictures that Agg cannot draw
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+SPECIAL = re.compile(r"<[|｜]?([^\s<>|｜]+)[|｜]?>")  # <｜end▁of▁sentence｜>, <|im_end|>, <image_placeholder>
 
 
 def fonts(characters: set[str]) -> tuple[list[str], set[str]]:
@@ -43,7 +45,8 @@ def labels(tokenizer: Any, tokens: list[int]) -> tuple[list[str], list[str]]:
     """Tokens as a reader can tell them, and the font families to write them in.
 
     A character that byte-level tokens share stands at the first of them, with "·" at the others; a token that is no
-    text is its number. White space is made visible, and what no font has is its code point.
+    text is its number. A special token has a short name: <end> for <｜end▁of▁sentence｜>. White space is made visible,
+    and what no font has is its code point.
     """
     texts: list[str] = []
     while len(texts) < len(tokens):
@@ -51,6 +54,9 @@ def labels(tokenizer: Any, tokens: list[int]) -> tuple[list[str], list[str]]:
         for stop in range(start + 1, min(start + 8, len(tokens)) + 1):  # a token may have bytes of two characters
             text = tokenizer.decode(tokens[start:stop])
             if text and "\ufffd" not in text:
+                if special := SPECIAL.fullmatch(text):
+                    name = special[1].replace("▁", "_").removesuffix("_of_sentence").removesuffix("_placeholder")
+                    text = f"<{name.replace('_of_', '_')}>"
                 texts += [text.translate(VISIBLE)] + ["·"] * (stop - start - 1)
                 break
         else:
@@ -76,6 +82,7 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.transforms import ScaledTranslation
     except ImportError as error:
         raise ImportError("DoLaTrace.heatmap needs matplotlib: pip install 'janus-dola[viz]'") from error
 
@@ -84,7 +91,6 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
     panels = max(1, -(-length // STEPS_PER_PANEL))
     columns = min(length, STEPS_PER_PANEL)
     row_height = 0.32 if len(layers) <= 8 else 0.16
-    strip = 0.24 / row_height  # above the layers, for the marks of changed steps
     with rc_context({"font.family": families, "font.size": 9}):
         figure = Figure(
             figsize=(max(5.0, 0.3 * columns + 1.8), panels * (row_height * len(layers) + 1.35) + 0.5),
@@ -100,7 +106,6 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
             image = axis.imshow(
                 jsd[steps.start : steps.stop].T.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=top
             )
-            axis.set_ylim(-0.5, len(layers) - 0.5 + strip)
             axis.set_xlim(-0.5, columns - 0.5)  # the last panel may be short: its cells stay as wide as the others'
             every = 1 if len(layers) <= 15 else 4
             axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
@@ -121,10 +126,12 @@ def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence
             )
             for x in changed:
                 axis.get_xticklabels()[x].set_color("crimson")
-            axis.scatter(
-                changed, [len(layers) - 0.5 + strip / 2] * len(changed), marker="v", s=30, c="crimson",
+            above = axis.get_xaxis_transform() + ScaledTranslation(0, 5 / 72, figure.dpi_scale_trans)
+            (marks,) = axis.plot(  # a line, not a scatter: the layout leaves room for its markers
+                changed, [1] * len(changed), "v", markersize=5.5, color="crimson", transform=above, clip_on=False,
                 label="the final layer alone would differ",
             )  # fmt: skip
+            marks.set_in_layout(bool(changed))
         if image is not None:
             figure.colorbar(image, ax=list(axes), label="JSD(q_N ‖ q_j), nats", pad=0.01)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)

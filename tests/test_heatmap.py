@@ -84,6 +84,25 @@ def test_labels_show_white_space_and_whole_characters() -> None:
     assert labels(Words(""), [0])[0] == ["<0>"]
 
 
+@pytest.mark.parametrize(
+    ("token", "label"),
+    [
+        ("<｜end▁of▁sentence｜>", "<end>"),
+        ("<｜begin▁of▁sentence｜>", "<begin>"),
+        ("<|User|>", "<User>"),
+        ("<image_placeholder>", "<image>"),
+        ("<begin_of_image>", "<begin_image>"),
+        ("<|im_end|>", "<im_end>"),
+        ("</s>", "</s>"),
+        ("<", "<"),
+        ("a <b> c", "a␣<b>␣c"),
+    ],
+)
+def test_special_tokens_have_short_names(token: str, label: str) -> None:
+    """The end of an answer was <\uff5cend_of…"""
+    assert labels(Words(token), [0])[0] == [label]
+
+
 def test_labels_escape_what_no_font_has() -> None:
     """U+E123 and U+E456 are for private use, and U+200B is white space without width."""
     tokenizer = Words("a\ue123", "\u200b", "\ue123\ue456\ue123", "b" * 30)
@@ -115,9 +134,10 @@ def test_marks_and_panels(figures: list[Figure], tmp_path: Path, steps: int, pan
     assert written == labels(Decoder(), trace.tokens[0].tolist())[0]
     chosen, changed, shown = [], [], []
     for panel, axis in enumerate(axes):
-        circles, triangles = axis.collections
+        [circles], [triangles] = axis.collections, axis.lines
         chosen += [(40 * panel + x, y) for x, y in circles.get_offsets().tolist()]
-        changed += [40 * panel + x for x, _ in triangles.get_offsets().tolist()]
+        changed += [40 * panel + x for x in triangles.get_xdata().tolist()]
+        assert axis.get_ylim() == (-0.5, 3.5)  # there was a white band above the last layer
         shown.append(torch.as_tensor(axis.images[0].get_array().data))
     assert chosen == [(t, t % 4) for t in range(steps) if t != 2]
     assert changed == list(range(1, steps, 3))

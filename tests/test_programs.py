@@ -14,7 +14,7 @@ import torch
 from conftest import CHECKPOINT, Fails
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, programs
-from janus_dola.programs import answer, calibrate
+from janus_dola.programs import answer, calibrate, report
 from janus_dola.programs.options import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4",
     [
         (answer.run, ["compare=true", "bucket_id: 2  ", "# 0, 1, 2: candidates", "prompts: null"], ["alphas"]),
         (calibrate.run, ["alphas=[0.1,0.3]", "alphas: Values of alpha to try", "model_path:"], ["stream:", "compare:"]),
+        (report.run, ["compare=true", "report: Where to write"], ["stream:", "alphas"]),
     ],
 )
 def test_help(capsys: Any, run: Any, says: list[str], does_not_say: list[str], flag: str) -> None:
@@ -40,7 +41,12 @@ def test_help(capsys: Any, run: Any, says: list[str], does_not_say: list[str], f
 
 @pytest.mark.parametrize(
     ("argv", "name"),
-    [(["answer", *TEXT], "answer"), (TEXT, "answer"), (["calibrate", "data="], "calibrate")],
+    [
+        (["answer", *TEXT], "answer"),
+        (TEXT, "answer"),
+        (["calibrate", "data="], "calibrate"),
+        (["report"], "report"),
+    ],
 )
 def test_sub_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any, argv: list[str], name: str) -> None:
     monkeypatch.setattr(sys, "argv", ["janus-dola", *argv])
@@ -49,6 +55,7 @@ def test_sub_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any, argv: list[s
     out, err = capsys.readouterr()
     assert exit_.value.code == (0 if name == "answer" else 2)
     assert bool(out) == (name == "answer") and ("data must name a file" in err) == (name == "calibrate")
+    assert ("prompts must name a file" in err) == (name == "report")
 
 
 def test_defaults_are_the_same_wherever_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,7 +96,7 @@ def test_the_wheel(tmp_path: Path) -> None:
     install = ["--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([*pip, *install], check=True, cwd=tmp_path)
     (fresh / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch, transformers and so on
-    for file in ("configs/default.yaml", "configs/janus_pro_7b.yaml", "py.typed"):
+    for file in ("configs/default.yaml", "configs/janus_pro_7b.yaml", "programs/report.html", "py.typed"):
         assert (fresh / "janus_dola" / file).is_file()
     demo = [f"model_path={ROOT / 'demo' / 'checkpoint'}", f"image={ROOT / 'demo' / 'images' / 'scene.png'}"]
     question = json.loads((ROOT / "demo" / "images" / "questions.json").read_text())["scene.png"][2]

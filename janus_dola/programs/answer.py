@@ -2,7 +2,7 @@
 
 One question:    janus-dola config=configs/janus_pro_7b.yaml image=cat.png question="What is on the sofa?"
 Off against on:  janus-dola image=cat.png question="What is on the sofa?" compare=true trace=outputs
-Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl batch_size=8
+Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl compare=true report=REPORT.html
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from janus.utils.io import load_pil_images
 from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
+from janus_dola.programs.differences import differences
 from janus_dola.programs.options import CONFIGS, first_line, read_config
 from janus_dola.programs.prompts import (
     DOLA_KEYS,
@@ -57,6 +58,7 @@ class AnswerConfig(ManyConfig):
     trace: str | None = None
     prompts: str | None = None
     output: str | None = None
+    report: str | None = None
 
     SETTINGS: ClassVar = (*DOLA_KEYS, "compare", *ManyConfig.SETTINGS)
 
@@ -66,6 +68,9 @@ class AnswerConfig(ManyConfig):
         self.images = [images] if isinstance(images, str) else images or []
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
+        check_report(self.report)
+        if self.report is not None and self.prompts is None:
+            raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
         for key in ("question", "images", "conversation", "stream", "trace"):
             if self.prompts is not None and (value := getattr(self, key)):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
@@ -81,13 +86,23 @@ class AnswerConfig(ManyConfig):
         return super().line(prompt, outcome) | baseline
 
 
+def check_report(path: str | None) -> None:
+    """Refuses what is not the name of a page, such as the file of prompts, before it is overwritten."""
+    if path is not None and not path.endswith(".html"):
+        raise ValueError(f"report must end in .html, got {path!r}")
+
+
 def run(argv: Sequence[str]) -> int:
     """Returns the exit code: 1 if there was a prompt of a file that could not be answered."""
     config = read_config(AnswerConfig, argv)
     if config.output is None:
         answer_one(config)
         return 0
-    _, lines = answer_file(config, "prompts", config.output)
+    prompts, lines = answer_file(config, "prompts", config.output)
+    if config.report is not None:
+        from janus_dola.programs.report import write_report  # which imports calibrate, which imports this
+
+        write_report(config.report, config.output, prompts)
     if failed := sum("error" in line for line in lines.values()):
         print(f"{failed} of {len(lines)} prompts are errors in {config.output}", file=sys.stderr)
     return 1 if failed else 0
@@ -305,6 +320,8 @@ def answer_one(config: AnswerConfig) -> None:
     prompt = {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask}
     arguments = generate_arguments(tokenizer, config.generation) | prompt
 
+    compared: list[list[str]] = []  # what print_comparison takes
+    speeds: list[str] = []
     if config.compare:
         model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder
         for image in (image for turn in turns for image in turn["images"]):
@@ -322,15 +339,31 @@ def answer_one(config: AnswerConfig) -> None:
         if "error" in first:
             raise ValueError(first["error"])
         if config.compare:
-            label = f"DoLa {'on' if use_dola_lm else 'off'}"
-            print(*(f"{label:<10}{answer['text']}" for answer in answers), sep="\n")
-            print(f"{'':<10}({first['tokens']} tokens, {seconds / first['tokens']:.4f} seconds per token)")
-            if trace is not None:
-                print(f"{'layers':<10}{' '.join(map(str, first['layers']))}")
+            compared.append([answer["text"] for answer in answers])
+            speeds.append(f"({first['tokens']} tokens, {seconds / first['tokens']:.4f} seconds per token)")
         elif not config.stream:
             print(*(answer["text"] for answer in answers), sep="\n")
-        if trace is not None and config.trace:
-            folder = Path(config.trace)
-            trace.save(folder / "trace.jsonl")
-            trace.heatmap(folder / "trace.png", tokenizer)
-            print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")
+    if config.compare:
+        print_comparison(compared, speeds)
+    if trace is not None and config.compare:
+        print(f"{'layers':<10}{' '.join(map(str, first['layers']))}")
+    if trace is not None and config.trace:
+        folder = Path(config.trace)
+        trace.save(folder / "trace.jsonl")
+        trace.heatmap(folder / "trace.png", tokenizer)
+        print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")
+
+
+def print_comparison(compared: list[list[str]], speeds: list[str]) -> None:
+    """Prints the answers with DoLa off and on, and their speeds; on a terminal the words that differ have a colour."""
+    shown = compared
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        pairs = zip(*map(differences, *compared), strict=True)  # off's answers and on's, in parts
+        red, green = "\033[4;31m{}\033[0m", "\033[4;32m{}\033[0m"  # both underlined
+        shown = [
+            ["".join(colour.format(text) if differs else text for text, differs in parts) for parts in side]
+            for colour, side in zip((red, green), pairs, strict=True)
+        ]
+    for label, answers, speed in zip(("DoLa off", "DoLa on"), shown, speeds, strict=True):
+        print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
+        print(f"{'':<10}{speed}")

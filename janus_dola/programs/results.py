@@ -10,6 +10,28 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 
+def beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def read_results(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str | int, dict[str, Any]]]:
+    """The settings of a run, and its results so far by id, while it may still be writing.
+
+    Raises:
+        ValueError: The file is not a run's.
+    """
+    file = Path(path)
+    try:
+        settings = json.loads(beside(file, "settings.json").read_text(encoding="utf-8"))
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"output must name a run's file, with {file.name}.settings.json beside it, got {str(path)!r}: {error}"
+        ) from error
+    whole = data[: data.rfind(b"\n") + 1]
+    return settings, {line["id"]: line for line in map(json.loads, whole.splitlines())}
+
+
 class Results:
     """A file of results, one JSON object a line, each with an `id`. One run at a time writes to it.
 
@@ -45,7 +67,7 @@ class Results:
         self.lines: dict[str | int, dict[str, Any]] = {line["id"]: line for line in map(json.loads, whole.splitlines())}
 
     def _beside(self, ending: str) -> Path:
-        return self.path.with_name(f"{self.path.name}.{ending}")
+        return beside(self.path, ending)
 
     def _check(self, settings: dict[str, Any], new: bool) -> None:
         file = self._beside("settings.json")

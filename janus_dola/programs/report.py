@@ -1,0 +1,161 @@
+"""A batch run as a page to look at: janus-dola report prompts=FILE.jsonl output=ANSWERS.jsonl report=REPORT.html
+
+Of each prompt the pictures, the question and the answers; of a run with compare=true the words in which the two answers
+differ, and what DoLa gained and lost where the prompts say what is right. One file, which needs no network.
+A run makes it when it ends, with report=REPORT.html; this makes it of answers that are there, of a run in progress too.
+"""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from tqdm import tqdm
+
+from janus.utils.io import load_image
+from janus_dola.programs import checkpoint
+from janus_dola.programs.answer import AnswerConfig, check_report
+from janus_dola.programs.calibrate import BASELINE, interval, summarise
+from janus_dola.programs.differences import differences
+from janus_dola.programs.options import read_config
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, fingerprint, read_prompts, yes_or_no
+from janus_dola.programs.results import read_results
+
+SIDE = 160  # pixels of a picture's longer side: 500 of noise, the worst to compress, are 10 MB
+DOLA = "on"
+
+
+@dataclass
+class ReportConfig:
+    """The keys; all else is in the run's settings.
+
+    Attributes:
+        prompts: The run's file of prompts.
+        output: The run's answers.
+        report: Where to write the page.
+        image_root: Folder of the images of lines in POPE's form.
+    """
+
+    prompts: str = ""
+    output: str = ""
+    report: str = ""
+    image_root: str = "."
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "output", "report"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} must name a file, got {getattr(self, key)!r}")
+        check_report(self.report)
+
+
+def run(argv: Sequence[str]) -> None:
+    config = read_config(ReportConfig, argv, default=None)
+    settings, _ = read_results(config.output)
+    if settings.get("prompts") != fingerprint(config.prompts):
+        raise ValueError(f"prompts must be the file that {config.output!r} answers, got {config.prompts!r}")
+    own = {key: settings[key] for key in ("model_path", "roles", "generation", *DOLA_KEYS)}
+    model = AnswerConfig(**own, image_root=config.image_root)
+    model_config = checkpoint.load_config(model.model_path)
+    processor = checkpoint.load_processor(model, model_config)
+    prompts, _ = read_prompts(model, config.prompts, processor, model_config)
+    write_report(config.report, config.output, prompts)
+
+
+def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts: Sequence[Prompt]) -> None:
+    """Writes the page.
+
+    Args:
+        path: Where to.
+        output: The run's answers, as far as they are there.
+        prompts: The run's good prompts.
+    """
+    settings, lines = read_results(output)
+    answered = [(prompt, lines[prompt.id]) for prompt in prompts if prompt.id in lines]
+    done = [(prompt, line) for prompt, line in answered if "error" not in line]
+    known = {prompt.id for prompt in prompts}
+    bad = [line for line in lines.values() if line["id"] not in known]  # lines of the prompts that are no prompt
+    judged = [(prompt, line) for prompt, line in done if prompt.form is not None]
+    results = [{name: judge(prompt, text) for name, text in texts(line).items()} for prompt, line in judged]
+    changed = np.array([is_changed(line) for _, line in done], dtype=float)
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    page.get_template("report.html").stream(
+        title=output,
+        settings=settings,
+        compare=settings["compare"],
+        counts={
+            "all": len(answered) + len(bad),
+            "changed": int(changed.sum()),
+            "error": len(answered) - len(done) + len(bad),
+        },
+        waiting=len(prompts) - len(answered),
+        answered=len(done),
+        changed_interval=interval(changed) if done else None,
+        table=summarise([prompt for prompt, _ in judged], results) if judged else {},
+        baseline=BASELINE,
+        layers=sorted({layer for _, line in done for layer in line["layers"] or ()}),
+        rows=rows(answered, bad, settings),
+    ).dump(str(path), encoding="utf-8")
+
+
+def texts(line: Mapping[str, Any]) -> dict[str, str]:
+    """A line's answers by what they are called; one without `compare` stands in the baseline's place."""
+    if "text_baseline" not in line:
+        return {BASELINE: line["text"]}
+    return {BASELINE: line["text_baseline"], DOLA: line["text"]}
+
+
+def judge(prompt: Prompt, text: str) -> dict[str, Any]:
+    """What `summarise` takes of an answer."""
+    return {"correct": prompt.is_right(text), "said": yes_or_no(text)}
+
+
+def is_changed(line: Mapping[str, Any]) -> bool:
+    return line.get("text_baseline", line["text"]) != line["text"]
+
+
+def rows(
+    answered: Sequence[tuple[Prompt, dict[str, Any]]], bad: Sequence[dict[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What the page shows of each prompt, with a progress bar: the pictures take their time."""
+    small = cache(thumbnail)
+    for prompt, line in tqdm(answered, desc="report", unit="prompt", disable=None):
+        row: dict[str, Any] = {"id": prompt.id, "error": line.get("error"), "kinds": [], "answers": []}
+        row["pictures"] = [(name[:80], small(name)) for turn in prompt.turns for name in turn["images"]]
+        said = [(turn["role"], turn["content"].replace(IMAGE_TAG, "").strip()) for turn in prompt.turns]
+        row["turns"] = [(role, text) for role, text in said if text]
+        row["own"] = {key: own for key in DOLA_KEYS if (own := getattr(prompt.dola, key)) != settings[key]}
+        row["expected"] = prompt.choices[prompt.answer] if prompt.choices else prompt.answer
+        if row["error"] is None:
+            found = texts(line)
+            right = [prompt.is_right(text) if prompt.form else None for text in found.values()]
+            parts = differences(*found.values()) if len(found) == 2 else [[(line["text"], False)]]
+            labels = ["DoLa off", "DoLa on" if prompt.dola.use_dola_lm else "DoLa off"][-len(found) :]
+            row["answers"] = list(zip(labels, parts, right, strict=True))
+            row["kinds"] = ["changed"] * is_changed(line)
+            row["kinds"] += ["gained"] * (right == [False, True]) + ["lost"] * (right == [True, False])
+            row["layers"], row["chosen"] = line["layers"], sorted(Counter(line["layers"] or ()).items())
+        else:
+            row["kinds"] = ["error"]
+        yield row
+    for line in bad:
+        yield {"id": line["id"], "error": line["error"], "kinds": ["error"], "answers": []}
+
+
+def thumbnail(source: str) -> str | None:
+    """A small picture as a data URL; None where there is none any more."""
+    try:
+        image = load_image(source)
+    except ValueError:
+        return None
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
