@@ -20,8 +20,9 @@ ray = pytest.importorskip("ray")
 import psutil  # noqa: E402
 from conftest import CHECKPOINT, GOLDEN, Fails  # noqa: E402
 from test_batch import TALL, TEXT, WIDE, cli_arguments, golden_lines, read, write  # noqa: E402
+from test_calibrate import LINES, arguments  # noqa: E402
 
-from janus_dola.programs import answer, ray_workers  # noqa: E402
+from janus_dola.programs import answer, calibrate, ray_workers  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = [TEXT | {"id": i, "question": f"What is {i} + {i}?"} for i in range(40)]
@@ -84,6 +85,17 @@ def test_the_lines_are_those_of_one_process(
     assert answer.run(cli_arguments(tmp_path, *more)) == 1
     assert answer.run(cli_arguments(tmp_path, *more, "workers=3")) == 1
     assert read(tmp_path / "out.jsonl") == want
+
+
+def test_calibrate_compares_what_one_process_does(tmp_path: Path, cluster: None) -> None:
+    found = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        write(folder / "val.jsonl", [*LINES, "broken"])
+        calibrate.run(arguments(folder, f"workers={workers}", "batch_size=2"))
+        found.append((read(folder / "mine.results.jsonl"), (folder / "mine.json").read_text()))
+    assert found[0] == found[1] and len(found[0][0]) == len(LINES) + 1
 
 
 def test_an_actor_that_is_killed_loses_no_line(tmp_path: Path, cluster: None) -> None:
