@@ -76,7 +76,7 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
         print(usage(schema, default))
         sys.exit()
     names = {key.name for key in fields(schema)}
-    foreign = (read_yaml(DEFAULT).keys() if default is not None else set()) - names  # keys of other programs
+    foreign = read_yaml(DEFAULT).keys() - names  # keys of other programs
     # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
     text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
     texts: dict[str, str] = {}
