@@ -17,6 +17,7 @@ pytest.importorskip("fastapi")
 from conftest import export  # noqa: E402
 from serving import serve  # noqa: E402
 
+from benchmarks import serve as benchmark  # noqa: E402
 from janus_dola.programs import answer  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -141,7 +142,14 @@ def test_what_is_wrong_is_an_error_and_the_next_question_is_answered(
         create(once, folder, "Describe the image.", [url], dola)
     if dola:  # found when the answer has begun, with a 200
         with pytest.raises(openai.APIError, match="streaming"):
-            list(create(once, folder, "Describe the image.", [url], dola, stream=True))
+            list(create(client, folder, "Describe the image.", [url], dola, stream=True))
     # The server has closed the connection; the client makes another.
     assert ask(client, folder, 1) == expected["saved", 1]
     assert says in log.read_text()[before:]  # with a traceback
+
+
+def test_the_benchmark(client: Any, folder: Path, capsys: Any) -> None:
+    options = ["clients=[1,2]", "requests=1", "rounds=1", f"image={WIDE}"]
+    benchmark.run([f"model={folder}", f"url={client.base_url}", *options])
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [int(row[0]) for row in rows[1:]] == [1, 2] and all(float(cell) > 0 for row in rows[1:] for cell in row[1:])
