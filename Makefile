@@ -2,10 +2,17 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo test lint test-floor test-interop test-ray test-eval clean
+.PHONY: demo serve test lint test-floor test-interop test-ray test-eval test-serve clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py compare=true trace=outputs
+
+# The demo, served as OpenAI's API on http://localhost:8000/v1.
+serve: .venv-serve/installed outputs/janus-dola
+	.venv-serve/bin/transformers serve outputs/janus-dola --trust-remote-code
+
+outputs/janus-dola: | .venv-serve/installed
+	.venv-serve/bin/janus-dola export out=$@ model_path=demo/checkpoint
 
 test: .venv/installed
 	.venv/bin/python -m pytest
@@ -27,7 +34,11 @@ test-interop: .venv-interop/installed
 test-ray: .venv-ray/installed
 	.venv-ray/bin/python -m pytest tests/workers
 
-# The model for lmms-eval, in lmms-eval.
+# transformers' server, asked by OpenAI's client.
+test-serve: .venv-serve/installed
+	.venv-serve/bin/python -m pytest tests/serve
+
+# The model for lmms-eval, in lmms-eval; and the server, asked by lmms-eval.
 test-eval: .venv-eval/installed
 	.venv-eval/bin/python -m pytest tests/eval
 
@@ -47,10 +58,14 @@ test-eval: .venv-eval/installed
 	$(VENV_PIP) constraints-ray.txt --editable '.[ray,test]'
 	touch $@
 
+.venv-serve/installed: constraints-serve.txt pyproject.toml
+	$(VENV_PIP) constraints-serve.txt --editable '.[serve,test]'
+	touch $@
+
 .venv-eval/installed: constraints-eval.txt pyproject.toml
-	$(VENV_PIP) constraints-eval.txt --editable '.[eval,test]'
+	$(VENV_PIP) constraints-eval.txt --editable '.[eval,serve,test]'
 	$(@D)/bin/python -m pip install --quiet --constraint constraints-eval.txt --no-deps lmms-eval
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval
+	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve

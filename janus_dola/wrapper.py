@@ -101,6 +101,7 @@ class DoLaJanusWrapper:
     Args:
         model: `MultiModalityCausalLM`, ours or the published one; transformers' `JanusForConditionalGeneration`; or any
             model of transformers that generates, has no encoder, and whose `get_decoder()` has `.layers` and `.norm`.
+            Of a wrapper its model, and what has been compiled for it.
         config: `DoLaConfig()` by default. It may be changed between calls.
 
     Raises:
@@ -116,10 +117,15 @@ class DoLaJanusWrapper:
             raise ValueError(f"model must use GenerationMixin.generate, got {type(generating).__name__} with its own")
         self.config = config or DoLaConfig()
         self.config.resolve_layers(self.num_layers)  # fail here rather than in the first call
-        self._compiled: dict[tuple[Any, ...], list[ExitView]] = {}
+        self._compiled: dict[tuple[Any, ...], list[ExitView]] = (
+            model._compiled if isinstance(model, DoLaJanusWrapper) else {}
+        )
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy compiles views of its own
-        return type(self), (self.model, self.config)
+    def __getstate__(self) -> dict[str, Any]:  # a copy compiles views of its own
+        return vars(self) | {"_compiled": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # or it would be looked for on the model, not there yet
+        vars(self).update(state)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -157,7 +163,8 @@ class DoLaJanusWrapper:
         Without DoLa it differs in one thing: `repetition_penalty` is right for left-padded batches of `inputs_embeds`.
         """
         if kwargs.get("generation_mode") == "image":  # of transformers' Janus
-            return self.model.generate(*args, **kwargs)
+            model = generating_model(self.model)
+            return type(model).generate(model, *args, **kwargs)  # its own may be custom_generate's, which calls this
         if self.config.use_dola_lm:
             return self.generate_with_dola(*args, **kwargs)
         for name in ("trace", "configs"):

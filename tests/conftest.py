@@ -48,6 +48,14 @@ def load_model() -> Any:
     return MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
 
 
+def export(published: Path, folder: Path, *keys: str) -> Path:
+    """A checkpoint in the layout of transformers' own Janus; returns the folder."""
+    from janus_dola.programs.export import run
+
+    run([f"out={folder}", f"model_path={published}", *keys])
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     """Shared by all tests: whoever changes it breaks the others, and the test that nothing changes it."""

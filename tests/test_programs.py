@@ -14,7 +14,7 @@ import torch
 from conftest import CHECKPOINT, Fails
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, programs
-from janus_dola.programs import answer, calibrate, report
+from janus_dola.programs import answer, calibrate, export, report
 from janus_dola.programs.options import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,11 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4",
         (answer.run, ["compare=true", "bucket_id: 2  ", "# 0, 1, 2: candidates", "prompts: null"], ["alphas"]),
         (calibrate.run, ["alphas=[0.1,0.3]", "alphas: Values of alpha to try", "model_path:"], ["stream:", "compare:"]),
         (report.run, ["compare=true", "report: Where to write"], ["stream:", "alphas"]),
+        (
+            export.run,
+            ["janus-dola export out=FOLDER", "model_path: A folder", "custom_generate="],
+            ["stream", "device"],
+        ),
     ],
 )
 def test_help(capsys: Any, run: Any, says: list[str], does_not_say: list[str], flag: str) -> None:
@@ -96,7 +101,9 @@ def test_the_wheel(tmp_path: Path) -> None:
     install = ["--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([*pip, *install], check=True, cwd=tmp_path)
     (fresh / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch, transformers and so on
-    for file in ("configs/default.yaml", "configs/janus_pro_7b.yaml", "programs/report.html", "py.typed"):
+    native = ("chat_template.jinja", "custom_generate/generate.py", "custom_generate/requirements.txt", "model_card.md")
+    files = ("configs/default.yaml", "configs/janus_pro_7b.yaml", "programs/report.html", "py.typed")
+    for file in (*files, *(f"native/{file}" for file in native)):
         assert (fresh / "janus_dola" / file).is_file()
     demo = [f"model_path={ROOT / 'demo' / 'checkpoint'}", f"image={ROOT / 'demo' / 'images' / 'scene.png'}"]
     question = json.loads((ROOT / "demo" / "images" / "questions.json").read_text())["scene.png"][2]

@@ -16,8 +16,8 @@ from janus.models.siglip_vit import tower_sizes
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def stored_shapes(path: str, **hub: Any) -> dict[str, tuple[int, ...]] | None:
-    """The shape of each weight of a checkpoint, by name, from the files' headers; None where there are no weights.
+def weight_files(path: str, **hub: Any) -> list[str] | None:
+    """The files with a checkpoint's weights, in this machine's cache if it is on the hub; None where there are none.
 
     Args:
         path: A folder, or a name on the hub.
@@ -25,13 +25,22 @@ def stored_shapes(path: str, **hub: Any) -> dict[str, tuple[int, ...]] | None:
     """
     found = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in FILES)
     file = next((file for file in found if file is not None), None)
-    if file is None:
+    if file is None or not file.endswith(".index.json"):
+        return None if file is None else [file]
+    with open(file, encoding="utf-8") as index:
+        json.load(index)["weight_map"]  # a KeyError that says more than that of the next line
+    files, _ = get_checkpoint_shard_files(path, file, **hub)
+    return files
+
+
+def stored_shapes(path: str, **hub: Any) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each weight of a checkpoint, by name, from the files' headers; None where there are no weights.
+
+    Args:
+        path, hub: As of `weight_files`.
+    """
+    if (files := weight_files(path, **hub)) is None:
         return None
-    files = [file]
-    if file.endswith(".index.json"):
-        with open(file, encoding="utf-8") as index:
-            json.load(index)["weight_map"]  # a KeyError that says more than that of the next line
-        files, _ = get_checkpoint_shard_files(path, file, **hub)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         # A pickle for the CPU is mapped; for meta, it would be read.

@@ -1,6 +1,7 @@
 """Programs on the library: the one place that imports janus.
 
-The console script `janus-dola [answer | calibrate | report] [config=FILE] key=value ...`; `answer` is the default.
+The console script `janus-dola [answer | calibrate | export | report | web] [config=FILE] key=value ...`, by default
+`answer`.
 """
 
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-PROGRAMS = ("answer", "calibrate", "report")
+PROGRAMS = ("answer", "calibrate", "export", "report")
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
             texts[key] = value
         else:
             overrides.append(argument)
-    foreign = set() if default is None else read_yaml(DEFAULT).keys() - {key.name for key in fields(schema)}
+    foreign = read_yaml(DEFAULT).keys() - {key.name for key in fields(schema)}  # of other programs
     layers = [{key: v for key, v in read_yaml(file).items() if key not in foreign} for file in files]
     return schema(**merge(schema, layers, overrides) | texts)
 

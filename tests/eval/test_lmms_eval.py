@@ -15,7 +15,9 @@ import torch
 pytest.importorskip("lmms_eval")
 
 import datasets
+from conftest import export
 from lmms_eval.models import get_model
+from serving import serve
 
 from demo.scenes import ask, sample_scene
 from janus.utils.io import load_pil_images
@@ -117,16 +119,14 @@ def lmms_eval(folder: Path, output: Path, processes: int) -> None:
         for way, keys in ((way, MODEL | DOLA[way]) for way in DOLA)
     ]
     (output / "runs.yaml").write_text(json.dumps(runs))
+    arguments = ["--model", "janus_dola", "--config", str(output / "runs.yaml"), "--batch_size", "4", "--log_samples"]
+    run(folder, *arguments, "--tasks", "pope_scenes,choose_scenes", processes=processes)
+
+
+def run(folder: Path, *arguments: str, processes: int = 1) -> None:
     launch = ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--main_process_port=0", "-m"]
-    command = [sys.executable, "-m", *(launch if processes > 1 else []), "lmms_eval", "--model", "janus_dola"]
-    command += ["--config", str(output / "runs.yaml"), "--tasks", "pope_scenes,choose_scenes", "--batch_size", "4"]
-    command += [
-        "--include_path",
-        str(folder),
-        "--log_samples",
-        "--verbosity",
-        "DEBUG",
-    ]  # at others errors are not fatal
+    command = [sys.executable, "-m", *(launch if processes > 1 else []), "lmms_eval", *arguments]
+    command += ["--include_path", str(folder), "--verbosity", "DEBUG"]  # at others errors are not fatal
     env = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -209,6 +209,21 @@ def test_the_harness_gives_the_answers_of_a_batch_run_and_the_losses_of_score(
             own.index(min(own)) == ["yes", "no"].index(label) for own, label in zip(losses[way], labels, strict=True)
         ]
         assert results["choose_scenes"]["acc,none"] == pytest.approx(sum(right) / 23)
+
+
+def test_the_served_model_gives_the_plugins_figures(
+    lines: list[dict[str, Any]], folder: Path, answers: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """lmms-eval asks `transformers serve`, two questions at a time."""
+    export(CHECKPOINT, tmp_path / "demo", *[f"{key}={value}" for key, value in DOLA["on"].items()])
+    keys = f"model_version={tmp_path / 'demo'},api_key=none,num_cpus=2"
+    with serve(tmp_path / "demo", tmp_path) as address:
+        run(folder, "--model", "async_openai", "--model_args", f"base_url={address},{keys}", "--tasks", "pope_scenes",
+            "--log_samples", "--output_path", str(tmp_path / "on"))  # fmt: skip
+    assert [text.strip() for text in logged(tmp_path / "on", "pope_scenes")] == answers["on"]
+    (path,) = (tmp_path / "on").rglob("*_results.json")
+    right = [text.split(",")[0].lower() == line["label"] for text, line in zip(answers["on"], lines, strict=True)]
+    assert json.loads(path.read_text())["results"]["pope_scenes"]["yes_or_no,none"] == pytest.approx(sum(right) / 23)
 
 
 def request(model: Any, *args: Any, images: Any = None) -> Any:
