@@ -2,10 +2,14 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo test lint test-floor test-interop test-ray test-eval clean
+.PHONY: demo web test lint test-floor test-interop test-ray test-eval test-web clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py compare=true trace=outputs
+
+# The page, on the demo.
+web: .venv-web/installed
+	.venv-web/bin/janus-dola web open=true
 
 test: .venv/installed
 	.venv/bin/python -m pytest
@@ -31,6 +35,10 @@ test-ray: .venv-ray/installed
 test-eval: .venv-eval/installed
 	.venv-eval/bin/python -m pytest tests/eval
 
+# The page and the report, in Chromium.
+test-web: .venv-web/installed
+	.venv-web/bin/python -m pytest tests/web
+
 .venv/installed: constraints.txt pyproject.toml
 	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
 	touch $@
@@ -52,5 +60,9 @@ test-eval: .venv-eval/installed
 	$(@D)/bin/python -m pip install --quiet --constraint constraints-eval.txt --no-deps lmms-eval
 	touch $@
 
+.venv-web/installed: constraints-web.txt pyproject.toml
+	$(VENV_PIP) constraints-web.txt --editable '.[test-web]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval
+	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-web

@@ -1,6 +1,6 @@
 """Programs on the library: the one place that imports janus.
 
-The console script `janus-dola [answer | calibrate] [config=FILE] key=value ...`; `answer` is the default.
+The console script `janus-dola [answer | calibrate | web] [config=FILE] key=value ...`; `answer` is the default.
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-PROGRAMS = ("answer", "calibrate")
+PROGRAMS = ("answer", "calibrate", "web")
 
 
 def main() -> None:
