@@ -109,12 +109,14 @@ def answer_both(
         calls = [pool.submit(generate, index, prompts[index]) for index in (0, 1)]
         texts, ended = ["", ""], 0
         while ended < 2:
-            try:
+            try:  # all that was told meanwhile: who looks on may be slower than the model
                 index, text = told.get(timeout=1)
-                if text is None:
-                    texts[index], ended = calls[index].result(), ended + 1
-                else:
-                    texts[index] += text
-            except Empty:  # that the iterator is to be closed is noticed where it yields
+                while True:
+                    if text is None:
+                        texts[index], ended = calls[index].result(), ended + 1
+                    else:
+                        texts[index] += text
+                    index, text = told.get_nowait()
+            except Empty:
                 pass
             yield [text.strip() for text in texts], trace

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from janus.image_generation import build_prompt, generate_images
-from janus.utils.io import load_pil_images
+from janus.utils.io import load_image
 from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
@@ -35,6 +35,7 @@ from janus_dola.programs.token_view import token_view
 from janus_dola.trace import DoLaTrace
 from janus_dola.wrapper import DoLaJanusWrapper
 
+EMPTY: dict[str, Any] = {"text": "", "files": []}
 WAITING = 32  # questions that may wait for their turn
 PICTURES = 5  # of text to image, as on the published page
 ERRORS = (ValueError, RuntimeError, MemoryError, OSError)  # what a user, or the size of the machine, may cause
@@ -173,6 +174,14 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
                 f"too long: {prompt} tokens and {new} new ones are more than the model's {positions} positions"
             )
 
+    def check_picture(path: str) -> None:
+        try:
+            load_image(path)
+        except ValueError as error:  # which names the place of the upload
+            raise ValueError(
+                f"{Path(path).name} must be a picture that Pillow can read, of at most {Image.MAX_IMAGE_PIXELS} pixels"
+            ) from error
+
     def ask(message, alpha, bucket_id, layers, temperature, top_p, length, penalty, seed, past):
         """Asks with DoLa off and on; each answer goes on with its own conversation."""
         draws = {"temperature": temperature, "top_p": top_p} if temperature else {}
@@ -185,10 +194,11 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
             check_generation(own)
             new = build_conversation(config.roles, message["text"], message["files"])
             conversations = [[*turns, *new] for turns in past]
+            for path in message["files"]:
+                check_picture(path)
             for turns in conversations:
                 check_length(prompt_length(turns, processor), length)
-                load_pil_images(turns)
-            yield {box: None, off: as_messages(conversations[0]), on: as_messages(conversations[1])}
+            yield {box: EMPTY, off: as_messages(conversations[0]), on: as_messages(conversations[1])}
             with closing(answer_both(model, processor, asked, conversations)) as answers:
                 for texts, trace in answers:  # noqa: B007
                     after = [[*c[:-1], c[-1] | {"content": text}] for c, text in zip(conversations, texts, strict=True)]
@@ -299,7 +309,7 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
         one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
         asking = box.submit(ask, [box, *controls, state], outputs, api_name="ask", **one_at_a_time)
         stop.click(None, cancels=asking, api_visibility="private")
-        nothing: list[Any] = [None, None, "", None, "", None, [[], []]]
+        nothing: list[Any] = [None, None, "", None, "", EMPTY, [[], []]]
         new.click(lambda: nothing, None, outputs, cancels=asking, api_visibility="private")
         if config.text_to_image:
             with gr.Tab("Draw"):
