@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo serve test lint test-floor test-interop test-ray test-eval test-serve clean
+.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py compare=true trace=outputs
@@ -13,6 +13,10 @@ serve: .venv-serve/installed outputs/janus-dola
 
 outputs/janus-dola: | .venv-serve/installed
 	.venv-serve/bin/janus-dola export out=$@ model_path=demo/checkpoint
+
+# The page, on the demo.
+web: .venv-web/installed
+	.venv-web/bin/janus-dola web open=true
 
 test: .venv/installed
 	.venv/bin/python -m pytest
@@ -42,6 +46,10 @@ test-serve: .venv-serve/installed
 test-eval: .venv-eval/installed
 	.venv-eval/bin/python -m pytest tests/eval
 
+# The page and the report, in Chromium.
+test-web: .venv-web/installed
+	.venv-web/bin/python -m pytest tests/web
+
 .venv/installed: constraints.txt pyproject.toml
 	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
 	touch $@
@@ -67,5 +75,9 @@ test-eval: .venv-eval/installed
 	$(@D)/bin/python -m pip install --quiet --constraint constraints-eval.txt --no-deps lmms-eval
 	touch $@
 
+.venv-web/installed: constraints-web.txt pyproject.toml
+	$(VENV_PIP) constraints-web.txt --editable '.[test-web]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve
+	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve .venv-web

@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def prompt(expected: dict[str, Tensor]) -> dict[str, Any]:
         "eos_token_id": EOS,
         "pad_token_id": EOS,
     }
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, as it is installed on this machine, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium") or "chromium, which is not installed")
+        yield browser
+        browser.close()
 
 
 Fails = Callable[..., str]

@@ -8,10 +8,9 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, GOLDEN
+from conftest import CHECKPOINT, GOLDEN, export
 from hypothesis import given
 from hypothesis import strategies as st
-from native import convert
 
 from janus_dola.programs.differences import differences
 
@@ -83,12 +82,12 @@ def test_compare_colours_the_words_that_differ_on_a_terminal_alone() -> None:
 
 @pytest.mark.parametrize("layout", ["published", "native"])
 def test_loading_shows_progress_on_a_terminal(layout: str, tmp_path: Path) -> None:
-    path = CHECKPOINT if layout == "published" else convert(CHECKPOINT, tmp_path / "native")
+    path = CHECKPOINT if layout == "published" else export(CHECKPOINT, tmp_path / "native")
     code = """
 import sys
-from janus_dola.programs.checkpoint import load_model
+from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import ModelConfig
-load_model(ModelConfig(model_path=sys.argv[1], device="cpu"))
+load(ModelConfig(model_path=sys.argv[1], device="cpu"))
 """
     command = [sys.executable, "-c", code, str(path)]
     out, err = at_a_terminal(command)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-PROGRAMS = ("answer", "calibrate", "export", "report")
+PROGRAMS = ("answer", "calibrate", "export", "report", "web")
 
 
 def main() -> None:
