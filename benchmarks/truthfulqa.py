@@ -1,8 +1,8 @@
 """TruthfulQA multiple choice with DoLa: python -m benchmarks.truthfulqa data=TruthfulQA.csv [key=value ...]
 
 A text model stands in as the language model of a wrapped Janus. Every answer of a question is scored (log-probability
-of its tokens) with DoLa off, with V_head alone, with each bucket and with each bucket's candidates one by one, all from
-one forward pass.
+of its tokens) with DoLa off, with V_head alone, with each bucket and with each bucket's candidates one by one, and with
+DeCo and SLED, all from one forward pass.
 """
 
 import csv
@@ -135,6 +135,9 @@ def configurations(num_layers: int) -> dict[str, DoLaConfig]:
         for alpha in (0.1, 0.0):
             name = f"bucket {bucket_id} ({', '.join(map(str, layers))}), alpha {alpha:g}"
             named[name] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
+        named[f"deco, bucket {bucket_id}"] = DoLaConfig(method="deco", bucket_id=bucket_id)
+        sled = DoLaConfig(method="sled", bucket_id=bucket_id, sled_rate=2.5, sled_top_k=75)  # its code's for TruthfulQA
+        named[f"sled, bucket {bucket_id}"] = sled
     for layer in sum(buckets, ()):
         named[f"layer {layer}, alpha 0.1"] = DoLaConfig(candidate_layers=[layer])
     return named

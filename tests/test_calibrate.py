@@ -103,7 +103,10 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
         "line 5",
     ]
     report = json.loads((folder / "mine.json").read_text())
-    assert list(report["table"]) == ["off", "bucket 0, alpha 0.1", "bucket 1, alpha 0.1", "bucket 2, alpha 0.1"]
+    names = [f"bucket {b}, alpha 0.1" for b in (0, 1, 2)] + [
+        f"{m}, bucket {b}" for m in ("deco", "sled") for b in (0, 1, 2)
+    ]
+    assert list(report["table"]) == ["off", *names]
     assert all(row["questions"] == 4 for row in report["table"].values())
     assert "two-fold" in out
     written = OmegaConf.load(folder / "mine.yaml")
@@ -243,6 +246,8 @@ def test_stop_strings(folder: Path) -> None:
         (["data=nowhere.jsonl"], "data must name a file that can be read, got 'nowhere.jsonl'"),
         (["output=mine.txt"], "output must end in .yaml, got 'mine.txt'"),
         (["alphas=[]"], "alphas must hold at least one"),
+        (["methods=[]"], "methods must be some of dola, deco, sled, got []"),
+        (["methods=[dola,sledge]"], "method must be dola, deco or sled, got 'sledge', did you mean 'sled'?"),
         (["alphas=[2]"], "alpha must be in"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Chooses bucket and alpha on a validation set: janus-dola calibrate [config=FILE] data=FILE [output=FILE].
+"""Chooses method, bucket and alpha on a validation set: janus-dola calibrate [config=FILE] data=FILE [output=FILE].
 
-Every question is answered with DoLa off and with each bucket and alpha; the best is written as a config, unless it is
-not distinguishable from DoLa off, which is then the winner.
+Every question is answered with DoLa off and with each method and bucket, DoLa with each alpha; the best is written as a
+config, unless it is not distinguishable from DoLa off, which is then the winner.
 
     janus-dola calibrate config=configs/janus_pro_7b.yaml data=val.jsonl alphas=[0.1,0.3] output=mine.yaml
 """
@@ -10,13 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from janus_dola.config import DoLaConfig
+from janus_dola.config import METHODS, DoLaConfig
 from janus_dola.programs.answer import answer_file
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
@@ -35,19 +36,21 @@ class CalibrateConfig(ManyConfig):
             "answer": i}; POPE's {"question_id", "image", "text", "label"}. Without images, a question is text alone.
         output: The winner's config goes there, the table as JSON and the answers as they come beside it; null is
             outputs/calibrated.yaml.
-        alphas: Values of alpha to try.
+        methods: Those to try. DeCo and SLED have the strength and the k of their papers.
+        alphas: Values of DoLa's alpha to try.
         strict: Whether a bad line stops the run.
         two_fold: Whether to choose on one half and report on the other as well, both ways, as the paper does.
     """
 
     data: str = ""
     output: str | None = None
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
     alphas: list[float] = field(default_factory=lambda: [0.1])
     strict: bool = False
     two_fold: bool = False
 
     SCORED: ClassVar = True
-    SETTINGS: ClassVar = (*ManyConfig.SETTINGS, "alphas")
+    SETTINGS: ClassVar = (*ManyConfig.SETTINGS, "methods", "alphas")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,17 +58,21 @@ class CalibrateConfig(ManyConfig):
             raise ValueError("data must name a file of JSON lines, got ''")
         if not self.alphas:
             raise ValueError("alphas must hold at least one value, got []")
+        if not self.methods:
+            raise ValueError(f"methods must be some of {', '.join(METHODS)}, got []")
         self.configurations()  # checks the values
         if self.output is not None and not self.output.endswith((".yaml", ".yml")):
             raise ValueError(f"output must end in .yaml, got {self.output!r}")
 
     def configurations(self) -> dict[str, DoLaConfig]:
         """What is compared, by name; the baseline first."""
-        return {BASELINE: DoLaConfig(use_dola_lm=False)} | {
-            f"bucket {bucket_id}, alpha {alpha:g}": DoLaConfig(alpha=alpha, bucket_id=bucket_id)
-            for bucket_id in (0, 1, 2)
-            for alpha in self.alphas
-        }
+        named = {BASELINE: DoLaConfig(use_dola_lm=False)}
+        for method, bucket_id in product(dict.fromkeys(self.methods), (0, 1, 2)):
+            for alpha in self.alphas if method == "dola" else ():
+                named[f"bucket {bucket_id}, alpha {alpha:g}"] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
+            if method != "dola":
+                named[f"{method}, bucket {bucket_id}"] = DoLaConfig(method=method, bucket_id=bucket_id)
+        return named
 
     def configs(self, prompt: Prompt) -> list[DoLaConfig]:
         return list(self.configurations().values())
