@@ -188,7 +188,7 @@ def test_configs_of_the_published_models(name: str, model_path: str, roles: list
     config = read_config(answer_program.AnswerConfig, [f"config={file}"])
     assert (config.model_path, config.roles) == (model_path, roles)
     assert config.resolve_layers(layers) == {24: (18, 20, 22), 30: (22, 24, 26, 28)}[layers]
-    assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id"}
+    assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id", "text_to_image"}
 
 
 @pytest.mark.parametrize(
