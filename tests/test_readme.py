@@ -34,16 +34,16 @@ def commands(name: str) -> list[str]:
     return [line for block in blocks(TEXTS[name]) for line in re.findall(pattern, block, re.M)]
 
 
-def snippet(name: str) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
-    return code
+def snippets(name: str) -> list[str]:
+    """That of the library, and that of the server's client."""
+    return re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
 
 
 def test_both_say_the_same() -> None:
     """Up to what is prose: the Chinese has the same code, the same figures in its tables, and the same links."""
     english, chinese = (TEXTS[name] for name in READMES)
     assert "[简体中文](README.zh-CN.md)" in english[:200] and "[English](README.md)" in chinese[:200]
-    assert snippet(READMES[0]) == snippet(READMES[1])
+    assert snippets(READMES[0]) == snippets(READMES[1])
     assert commands(READMES[0]) == commands(READMES[1])
     for ours, theirs in zip(blocks(english), blocks(chinese), strict=True):
         if "janus_dola/" in ours:  # the tree, whose notes are prose
@@ -132,7 +132,7 @@ def test_the_commands_run(name: str, here: Path, capsys: Any, monkeypatch: pytes
 def test_the_snippet_answers_as_the_command_does(
     name: str, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = snippet(name)
+    code, _ = snippets(name)
     for typed, instead in (
         ('"deepseek-ai/Janus-Pro-7B"', json.dumps(str(CHECKPOINT))),
         (".to(torch.bfloat16).cuda()", ""),  # to(bfloat16) rounds the rotary frequencies, too; from_pretrained does not
