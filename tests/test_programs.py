@@ -102,7 +102,13 @@ def test_the_wheel(tmp_path: Path) -> None:
     subprocess.run([*pip, *install], check=True, cwd=tmp_path)
     (fresh / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch, transformers and so on
     native = ("chat_template.jinja", "custom_generate/generate.py", "custom_generate/requirements.txt", "model_card.md")
-    files = ("configs/default.yaml", "configs/janus_pro_7b.yaml", "programs/report.html", "py.typed")
+    files = (
+        "configs/default.yaml",
+        "configs/janus_pro_7b.yaml",
+        "programs/report.html",
+        "programs/web.css",
+        "py.typed",
+    )
     for file in (*files, *(f"native/{file}" for file in native)):
         assert (fresh / "janus_dola" / file).is_file()
     demo = [f"model_path={ROOT / 'demo' / 'checkpoint'}", f"image={ROOT / 'demo' / 'images' / 'scene.png'}"]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from janus.image_generation import build_prompt, generate_images
 from janus.utils.io import load_image
+from janus_dola.config import METHODS, DoLaConfig
 from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
@@ -181,13 +182,14 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
                 f"{Path(path).name} must be a picture that Pillow can read, of at most {Image.MAX_IMAGE_PIXELS} pixels"
             ) from error
 
-    def ask(message, alpha, bucket_id, layers, temperature, top_p, length, penalty, seed, past):
+    def ask(message, alpha, bucket_id, layers, temperature, top_p, length, penalty, seed, method, past):
         """Asks with DoLa off and on; each answer goes on with its own conversation."""
         draws = {"temperature": temperature, "top_p": top_p} if temperature else {}
         own = {k: v for k, v in generation.items() if k not in played}
         own |= {"max_new_tokens": length, "do_sample": bool(draws), **draws}
         own |= {"repetition_penalty": penalty} if penalty != usual["repetition_penalty"] else {}
-        dola = {"alpha": alpha, "bucket_id": bucket_id, "candidate_layers": layers or None}
+        dola = {"alpha": alpha, "bucket_id": bucket_id, "candidate_layers": layers or None, "method": method}
+        dola |= {key: getattr(DoLaConfig, key) for m in METHODS if m != method for key in METHODS[m]}  # have no part
         try:
             asked = replace(config, **dola, seed=seed or 0, generation=own)
             check_generation(own)
@@ -287,7 +289,12 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
             with gr.Column(scale=1, min_width=260):
                 controls = [
                     gr.Slider(0, 1, config.alpha, step=0.01, label="α", info="tokens below α · max q_N are out"),
-                    gr.Radio(thirds, value=config.bucket_id, label="Bucket", info="layers to choose M from"),
+                    gr.Radio(
+                        thirds,
+                        value=config.bucket_id,
+                        label="Bucket",
+                        info="layers to choose M from; DeCo and SLED have all that lie there",
+                    ),
                     gr.Dropdown(
                         list(range(1, N + 1)),
                         value=chosen,
@@ -302,6 +309,7 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
                         0.5, 2, usual["repetition_penalty"], step=0.01, label="Repetition penalty", info="1: none"
                     ),
                     gr.Number(config.seed, precision=0, label="Seed"),
+                    gr.Radio(list(METHODS), value=config.method, label="Method", info="α is DoLa's"),
                 ]
         state = gr.State([[], []])
         outputs = [off, on, tokens, heat, command, box, state]

@@ -241,6 +241,7 @@ def test_the_api_answers_as_the_command_line(url: str, capsys: Any) -> None:
         (text, two, {"alpha": 0.3, "layers": [5, 17], "length": 12, "penalty": 1.3}),
         (text, [], {"temperature": 1.5, "top_p": 0.9, "seed": 7, "bucket_id": 0}),
         (text, [IMAGES / "one.png"], {"temperature": 1.0, "length": 20, "seed": 8, "layers": [30]}),
+        (text, two, {"method": "sled", "alpha": 0.3, "length": 12}),
     ):
         client.reset_session()
         result = client.predict(message(question, *pictures), **how, api_name="/ask")
@@ -357,7 +358,7 @@ def test_what_is_out_of_bounds_is_refused(url: str, slow: Any, tmp_path: Path) -
     # A file of the server's is nobody's upload.
     Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     file = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
-    data = [{"text": "What?", "files": [file]}, 0.1, 2, [], 0, 1, 20, 1, 0]
+    data = [{"text": "What?", "files": [file]}, 0.1, 2, [], 0, 1, 20, 1, 0, "dola"]
     event = httpx.post(f"{url}gradio_api/call/ask", json={"data": data}).json()["event_id"]
     assert "event: error" in httpx.get(f"{url}gradio_api/call/ask/{event}").text
 
