@@ -26,7 +26,11 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4",
     ("run", "says", "does_not_say"),
     [
         (answer.run, ["compare=true", "bucket_id: 2  ", "# 0, 1, 2: candidates", "prompts: null"], ["alphas"]),
-        (calibrate.run, ["alphas=[0.1,0.3]", "alphas: Values of DoLa's alpha to try", "model_path:"], ["stream:", "compare:"]),
+        (
+            calibrate.run,
+            ["alphas=[0.1,0.3]", "alphas: Values of DoLa's alpha to try", "model_path:"],
+            ["stream:", "compare:"],
+        ),
         (report.run, ["compare=true", "report: Where to write"], ["stream:", "alphas"]),
         (
             export.run,
