@@ -212,6 +212,7 @@ def test_strict_stops_at_the_first_bad_line(folder: Path) -> None:
         ({"question": "Q", "choices": ["a", "b"], "answer": 2}, "answer must be the index of a choice, 0 to 1, got 2"),
         ({"question": "Q", "answer": ""}, "answer must be a string"),
         ({"text": "Q", "label": "maybe"}, "label must be yes or no, got 'maybe'"),
+        ({"text": "Q", "label": "yes", "image": 5}, "image must be a path, got 5"),
         (["Q"], "a line must be a JSON object"),
         ({"question": "Q"}, "the line must have an answer, or a label"),
         ({"conversation": [{"content": "Q"}], "answer": "A"}, "answer must come with a question"),

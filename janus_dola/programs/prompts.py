@@ -223,8 +223,10 @@ def _answer(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tu
         answer = str(given["label"]).lower()
         if answer not in ("yes", "no"):
             raise ValueError(f"label must be yes or no, got {given['label']!r}")
+        if not isinstance(given.get("image") or "", str):
+            raise ValueError(f"image must be a path, got {given['image']!r}")
         given["question"] = given["text"]
-        given["images"] = [os.path.join(image_root, str(given["image"]))] if given.get("image") else []
+        given["images"] = [os.path.join(image_root, given["image"])] if given.get("image") else []
     elif form == "choices":
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise ValueError(f"choices must be a list of at least two strings, got {choices!r}")
