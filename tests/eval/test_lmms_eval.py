@@ -291,6 +291,18 @@ def test_answers_come_in_the_order_of_the_requests(model: Any, monkeypatch: pyte
     assert len(set(answers)) >= 6
 
 
+def test_another_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = load_pil_images([{"images": [str(CHECKPOINT.parent / "images" / "wide.png")]}])
+    sled = get_model("janus_dola")(**MODEL, method="sled", bucket_id=1)
+    for text in ("Describe the image.", "Hello?"):
+        answers = sled.generate_until([request(sled, text, {"max_new_tokens": 24}, images=picture)])
+        asked = request(model, text, {"max_new_tokens": 24}, images=picture)
+        assert answers != model.generate_until([asked])  # DoLa
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model, "config", DoLaConfig(method="sled", bucket_id=1))
+            assert answers == model.generate_until([asked])
+
+
 def test_cut() -> None:
     assert program.cut("a b. c\n\nd", ["\n\n", ".", ""]) == "a b"
     assert program.cut("a b ", []) == "a b"
