@@ -19,7 +19,7 @@ web: .venv-web/installed
 	.venv-web/bin/janus-dola web open=true
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 lint: .venv/installed
 	.venv/bin/ruff check .
