@@ -106,6 +106,12 @@ class Rows(NamedTuple):
     methods: list[tuple[str, int]]
 
     @property
+    def dynamic(self) -> list[bool]:
+        """Of each row, whether M is selected by the JSD."""
+        many = (self.candidates.sum(-1) > 1).tolist()
+        return [method == "dola" and more for (method, _), more in zip(self.methods, many, strict=True)]
+
+    @property
     def changes_nothing(self) -> bool:
         """With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit."""
         return not self.candidates.any() and not self.strength.any()

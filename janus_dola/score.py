@@ -57,10 +57,10 @@ def score(
     prompt, mask, ids, known = _check(
         embed, V, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
     )
-    layers, candidates, strength, methods = by_row([self.config] if configs is None else configs, self.num_layers)
+    every = by_row([self.config] if configs is None else configs, self.num_layers)
+    layers, candidates, strength, methods = every
     candidates, strength = candidates.to(ids.device), strength.to(ids.device, torch.float32)
-    many = (candidates.sum(-1) > 1).tolist()
-    dynamic = any(method == "dola" and more for (method, _), more in zip(methods, many, strict=True))
+    dynamic = any(every.dynamic)
     phi = _readout(model)
 
     result = torch.zeros(len(methods), *ids.shape, device=ids.device)  # [configs, rows, T]

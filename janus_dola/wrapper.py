@@ -48,12 +48,8 @@ class DoLaLogitsProcessor(LogitsProcessor):
     ) -> None:
         self.logits, self.outside, self.trace, self.beams = logits, outside, trace, beams
         _, self.candidates, self.strength, methods = rows
-        many = (self.candidates.sum(-1) > 1).tolist()
         # Of each row its method, top_k, and whether its JSD are needed.
-        self.kinds = [
-            (*method, trace is not None or (method[0] == "dola" and more))
-            for method, more in zip(methods, many, strict=True)
-        ]
+        self.kinds = [(*m, trace is not None or dynamic) for m, dynamic in zip(methods, rows.dynamic, strict=True)]
         self.same = rows.changes_nothing  # the baseline bit for bit, traced or not
         self.lost = torch.tensor(False)  # rows whose logits were NaN, [rows]
 

@@ -29,7 +29,7 @@ from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
 from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION, AnswerConfig
-from janus_dola.programs.options import ModelConfig, check_generation, first_line, read_config
+from janus_dola.programs.options import ModelConfig, first_line, read_config
 from janus_dola.programs.prompts import IMAGE_TAG, build_conversation, prompt_length
 from janus_dola.programs.side_by_side import Turns, answer_both
 from janus_dola.programs.token_view import token_view
@@ -192,7 +192,6 @@ def page(config: WebConfig, model: DoLaJanusWrapper, processor: Any) -> Any:
         dola |= {key: getattr(DoLaConfig, key) for m in METHODS if m != method for key in METHODS[m]}  # have no part
         try:
             asked = replace(config, **dola, seed=seed or 0, generation=own)
-            check_generation(own)
             new = build_conversation(config.roles, message["text"], message["files"])
             conversations = [[*turns, *new] for turns in past]
             for path in message["files"]:
