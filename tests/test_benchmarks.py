@@ -1,12 +1,13 @@
 """The benchmarks run, and their reports say what was measured."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import latency, long_run, profile_step
+from benchmarks import latency, long_run, profile_step, throughput
 from janus_dola import DoLaJanusWrapper
 from janus_dola.programs.options import read_config
 
@@ -100,3 +101,24 @@ def test_long_run_reports_the_slope(capsys: pytest.CaptureFixture[str]) -> None:
     assert long_run.slope([10, 14, 18, 22]) == pytest.approx(4)
     with pytest.raises(ValueError, match="generations must be an integer of at least 2, got 1"):
         long_run.run(["generations=1"])
+
+
+@pytest.mark.parametrize("shape", ["demo", "tiny"])
+def test_throughput_counts_the_answers(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"shape={shape}", "questions=2", "batch=[1,2]", "tokens=3", "rounds=1", "device=cpu"]
+    options = read_config(throughput.Options, given, None)
+    model, processor = throughput.load_shape(options)
+    prompts = throughput.questions(processor, 2)
+    for name, asked in throughput.ASKED.items():
+        assert len(asked) == int(name[0])
+        start = time.perf_counter()
+        lines, a_minute = throughput.answer(model, processor, prompts, options, 2, asked)
+        assert a_minute >= 2 * len(asked) / (time.perf_counter() - start) * 60
+        assert sorted(line["id"] for line in lines) == [0, 1]
+        assert [len(line["texts"]) for line in lines] == [len(asked)] * 2
+    throughput.run(given)
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table[0] == ["batch", *throughput.ASKED] and [row[0] for row in table[1:]] == ["1", "2"]
+    assert all(int(cell.split()[0]) > 0 for row in table[1:] for cell in row[1:])
+    with pytest.raises(ValueError, match=r"questions must be a multiple of each batch, \[1, 2\], got 3"):
+        throughput.run(["questions=3", "batch=[1,2]"])
