@@ -7,14 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+from demo.evaluate import SEED, drawn
 from demo.scenes import examples
 
 
 def write(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, str | list[str]]] = []
-    for i, (scene, question) in enumerate(examples("test", 77, count)):
-        scene.render().save(folder / f"{i}.png")
+    for i, (scene, question) in enumerate(examples("test", SEED, count)):
+        drawn(scene, i).save(folder / f"{i}.png")
         if question.kind.startswith("presence"):
             label = question.answer.split(",")[0].lower()
             lines.append({"image": str(folder / f"{i}.png"), "text": question.text, "label": label})

@@ -1,119 +1,342 @@
-"""Measures a demo checkpoint on held-out questions: exact greedy answers, by kind of question, with DoLa off and on.
+"""Measures a demo checkpoint on held-out questions, with DoLa off and on, where companions keep company and do not.
 
-python -m demo.evaluate                        # the tables of the model card, in Markdown
-python -m demo.evaluate --write-card           # and into the model card
-python -m demo.evaluate --no-dola --questions 200
+    python -m demo.evaluate                        # the tables of the model card, in Markdown
+    python -m demo.evaluate --write-card           # and into the model card
+    python -m demo.evaluate --no-dola --questions 50
+
+The validation set chooses a bucket and a strength; the test set reports on them. Every difference is paired, question
+by question, and comes with its bootstrap 95 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import random
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
-from tqdm import tqdm
 
-from demo.scenes import Example, examples
-from demo.train import conversation
+from demo.scenes import COLOURS, KINDS, PLACES, SHAPES, Example, Scene, Split, Thing, companion, examples, fogged
+from demo.train import Lessons, answer_logits, conversation
 from janus.models import VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs.answer import answer_many
+from janus_dola.programs.calibrate import RESAMPLES, interval
 from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import ModelConfig
+from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
 
-ALPHAS = (0.05, 0.1, 0.3)
-BUCKETS = (0, 1, 2)
+OFF = "off"
+DOLA = {
+    f"DoLa, bucket {bucket}, α {alpha}": DoLaConfig(bucket_id=bucket, alpha=alpha)
+    for bucket in (0, 1, 2)
+    for alpha in (0.1, 0.3, 0.5)
+}
+CONFIGS = {OFF: DoLaConfig(use_dola_lm=False)} | DOLA
+ROWS = 96  # of a batch
+SEED = 77
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-@torch.no_grad()
+@dataclass
+class Evaluation(ManyConfig):
+    """A run of the programs' engine that asks each question under several configurations and keeps the texts."""
+
+    compared: list[DoLaConfig] = field(default_factory=list)
+
+    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
+        return self.compared
+
+    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
+        return {"texts": [answer["text"] for answer in outcome.answers]}
+
+
 def answers(
-    wrapper: DoLaJanusWrapper, processor: VLChatProcessor, asked: Sequence[tuple[Image, str]], **arguments: Any
-) -> list[str]:
-    """Greedy answers to a batch of questions, each about an image of its own.
+    wrapper: DoLaJanusWrapper,
+    processor: VLChatProcessor,
+    asked: Sequence[tuple[Image, str]],
+    configs: Sequence[DoLaConfig],
+    lengths: Sequence[int] | None = None,
+    repetition_penalty: float = 1.0,
+) -> list[list[str]]:
+    """Greedy answers to questions, each about an image of its own.
 
     Args:
-        wrapper: Decodes as its config says.
+        wrapper: The model.
         processor: The checkpoint's.
-        asked: Image and question of each row.
-        arguments: More for `generate`.
+        asked: Image and question.
+        configs: The configurations to answer each under.
+        lengths: How long the answers should be, so that rows of a batch end at about the same step.
+        repetition_penalty: As `generate` has it.
 
     Returns:
-        The texts, without the space that follows "<|Assistant|>:".
+        For each question the texts, one per configuration.
     """
-    rows = [processor(conversations=conversation(q), images=[image], force_batchify=False) for image, q in asked]
-    batch = processor.batchify(rows)  # type: ignore[arg-type]
-    tokens = wrapper.generate(
-        inputs_embeds=wrapper.prepare_inputs_embeds(**batch),
-        attention_mask=batch.attention_mask,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        do_sample=False,
-        **({"max_new_tokens": 64} | arguments),
+    config = Evaluation(
+        compared=list(configs),
+        batch_size=max(1, ROWS // len(configs)),
+        generation={"max_new_tokens": 64, "do_sample": False, "repetition_penalty": repetition_penalty},
     )
-    return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    prompts = [
+        Prompt(i, conversation(question, [image]), configs[0], 0 if lengths is None else lengths[i])
+        for i, (image, question) in enumerate(asked)
+    ]
+    texts = {line["id"]: line["texts"] for line in answer_many(wrapper, processor, prompts, config)}
+    return [texts[i] for i in range(len(asked))]
 
 
-def exact(
-    wrapper: DoLaJanusWrapper, processor: VLChatProcessor, pairs: Sequence[Example], bar: tqdm | None = None
-) -> dict[str, list[bool]]:
-    """Whether each answer is exact, by kind of question; a presence question counts under its sort, too."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    by_length = sorted(pairs, key=lambda pair: len(pair.question.answer))  # rows of a batch end at about the same step
-    for start in range(0, len(by_length), 100):
-        part = by_length[start : start + 100]
-        given = answers(wrapper, processor, [(scene.render(), question.text) for scene, question in part])
-        for (_, question), text in zip(part, given, strict=True):
-            for kind in {question.kind, question.kind.split("/")[0], "all"}:
-                right[kind].append(text == question.answer)
-        if bar is not None:
-            bar.update(len(part))
-    return right
+class Answers:
+    """What was answered to questions about scenes of a set, of some kinds.
 
+    Attributes:
+        pairs: The n scenes and questions.
+        texts: Name of a configuration -> n answers.
+    """
 
-def share(right: Sequence[bool]) -> str:
-    return f"{100 * sum(right) / len(right):.1f}"
+    def __init__(
+        self,
+        model: DoLaJanusWrapper,
+        processor: VLChatProcessor,
+        split: Split,
+        questions: int,
+        configs: Mapping[str, DoLaConfig],
+        kinds: Sequence[str] = KINDS,
+        habit: bool = False,
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        asked = enumerate(examples(split, SEED, questions * len(KINDS), habit))
+        numbered = [(i, pair) for i, pair in asked if pair.question.kind.split("/")[0] in kinds]
+        self.pairs: list[Example] = [pair for _, pair in numbered]
+        pictures = [(drawn(scene, i), question.text) for i, (scene, question) in numbered]
+        lengths = [len(question.answer.split()) for _, question in self.pairs]
+        rows = answers(model, processor, pictures, list(configs.values()), lengths, repetition_penalty)
+        self.texts = {name: [row[i] for row in rows] for i, name in enumerate(configs)}
 
+    def of(self, kind: str) -> list[int]:
+        """Places of the questions of a kind, "all", or a sort of presence question."""
+        kinds = [question.kind for _, question in self.pairs]
+        return [i for i, own in enumerate(kinds) if kind in ("all", own, own.split("/")[0])]
 
-def tables(model_path: str, questions: int, dola: bool) -> str:
-    """The tables of the model card: exact answers with DoLa off, then with each bucket and alpha."""
-    loaded, processor = load(ModelConfig(model_path=model_path, device="cpu", dtype="float32"))
-    model = loaded.model
-    pairs = list(examples("test", 0, questions))
-    configurations = list(product(BUCKETS, ALPHAS)) if dola else []
-    with tqdm(total=questions * (1 + len(configurations)), unit="question", file=sys.stderr, disable=None) as bar:
-        off = exact(DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False)), processor, pairs, bar)
-        measured = {
-            (bucket, alpha): exact(
-                DoLaJanusWrapper(model, DoLaConfig(alpha=alpha, bucket_id=bucket)), processor, pairs, bar
+    def texts_of(self, kind: str, name: str) -> list[str]:
+        return [self.texts[name][i] for i in self.of(kind)]
+
+    def exact(self, name: str, kind: str = "all") -> np.ndarray:
+        """1 where the answer is exactly right."""
+        return np.array([self.texts[name][i] == self.pairs[i].question.answer for i in self.of(kind)], dtype=float)
+
+    def presence(self, name: str, absent: str) -> tuple[np.ndarray, np.ndarray]:
+        """Whether yes was said, and was right, about things present and a sort of absent ones: bool [m] each.
+
+        Args:
+            absent: "random" or "co-occurring".
+        """
+        places = self.of("presence/present") + self.of(f"presence/{absent}-absent")
+        said = [yes_or_no(self.texts[name][i]) for i in places]
+        return np.array(said) == "yes", np.array([self.pairs[i].question.answer.startswith("Yes") for i in places])
+
+    def described(self, name: str) -> dict[str, np.ndarray]:
+        """Of each description: how many things it says, how many are right, and how many hallucinated.
+
+        A thing is right if it is in the place where it is said to be, and hallucinated if it is nowhere in the
+        picture; "companions" counts the hallucinated that are the companion of something there, "habit" those that
+        are the companion of the thing said before.
+        """
+        counts = []
+        for i in self.of("describe"):
+            scene = self.pairs[i].scene
+            there = {item.place: item.thing for item in scene.items}
+            company = [companion(thing) for thing in there.values()]
+            said = [(place, Thing(*name.split())) for place, name in SAID.findall(self.texts[name][i])]
+            before = [None, *(companion(thing) for _, thing in said)]
+            made_up = [k for k, (_, thing) in enumerate(said) if thing not in there.values()]
+            counts.append(
+                {
+                    "things": len(there),
+                    "said": len(said),
+                    "right": sum(there.get(place) == thing for place, thing in said),
+                    "hallucinated": len(made_up),
+                    "companions": sum(said[k][1] in company for k in made_up),
+                    "habit": sum(said[k][1] == before[k] for k in made_up),
+                }
             )
-            for bucket, alpha in configurations
-        }
-    kinds = sorted(kind for kind in off if "/" not in kind and kind != "all")
-    sorts = sorted(kind for kind in off if "/" in kind)
-    lines = [f"Exact answers in percent, greedy, {questions} questions about scenes of the test set:", ""]
-    lines += ["| kind | questions | exact |", "|---|--:|--:|"]
-    lines += [f"| {kind} | {len(off[kind])} | {share(off[kind])} |" for kind in [*kinds, *sorts]]
-    lines += [f"| **all** | {questions} | **{share(off['all'])}** |"]
-    if measured:
-        header = " | ".join(kinds)
-        lines += ["", "With DoLa, beside DoLa off:", "", f"| bucket | layers | α | all | {header} |"]
-        lines += ["|---|---|--:|--:|" + "--:|" * len(kinds)]
-        lines += [f"| off | | | {share(off['all'])} | {' | '.join(share(off[kind]) for kind in kinds)} |"]
-        for (bucket, alpha), right in measured.items():
-            layers = DoLaConfig(bucket_id=bucket).resolve_layers(len(model.language_model.model.layers))
-            cells = " | ".join(share(right[kind]) for kind in kinds)
-            lines += [f"| {bucket} | {', '.join(map(str, layers))} | {alpha} | {share(right['all'])} | {cells} |"]
+        return {key: np.array([count[key] for count in counts], dtype=float) for key in counts[0]}
+
+
+SAID = re.compile(rf"In the ({'|'.join(PLACES)}) is an? ((?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))\.")
+
+
+def drawn(scene: Scene, index: int) -> Image:
+    return fogged(scene, 192, random.Random(f"fog/{index}"))
+
+
+@torch.no_grad()
+def layers_say(model: Any, processor: VLChatProcessor, count: int) -> list[tuple[float, float]]:
+    """Of each layer the mean probability of the absent companion's colour, and of the colour that is there.
+
+    It is taken in the right description of test scenes, at the colour of each thing that is not the companion of the
+    thing before, and not of its companion's colour.
+    """
+    lessons = Lessons(processor)
+    words = processor.tokenizer
+    pairs = [pair for pair in examples("test", SEED, count * len(KINDS)) if pair.question.kind == "describe"]
+    N = len(model.language_model.model.layers)
+    rows = []
+    for start in range(0, len(pairs), 50):
+        part = pairs[start : start + 50]
+        pictures = [drawn(scene, start + i) for i, (scene, _) in enumerate(part)]
+        batch = lessons.batch([(scene, [question]) for scene, question in part], pictures)
+        q = answer_logits(model, batch, exits=range(1, N)).softmax(-1).roll(-1, 0)  # [N, A, V], the last layer last
+        labels = batch.labels[batch.labels != -100].tolist()
+        colours = iter([k for k, label in enumerate(labels) if words.decode([label]).strip() in COLOURS])
+        for scene, _ in part:
+            things = [item.thing for item in scene.items]
+            for before, thing in zip([None, *things], things, strict=False):
+                k = next(colours)
+                if before is not None and (expected := companion(before)).colour != thing.colour:
+                    wrong, right = (
+                        words.encode(f" {t.colour}", add_special_tokens=False)[0] for t in (expected, thing)
+                    )
+                    rows.append(q[:, k, [wrong, right]])  # [N, 2]
+    return [(float(a), float(b)) for a, b in torch.stack(rows).mean(0)]
+
+
+def percent(values: np.ndarray) -> str:
+    return f"{100 * values.mean():.1f}"
+
+
+def points(values: np.ndarray) -> str:
+    """Mean of paired differences and its interval, in percentage points."""
+    return signed(100 * values, 1)
+
+
+def signed(values: np.ndarray, digits: int = 3) -> str:
+    low, high = interval(values)
+    return f"{values.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def f1(yes: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """F1 of yes in percent, over the last axis: bool [..., m] each."""
+    return 200 * (yes & true).sum(-1) / np.maximum(yes.sum(-1) + true.sum(-1), 1)
+
+
+def f1_difference(yes: np.ndarray, off: np.ndarray, true: np.ndarray) -> str:
+    """The same questions are drawn for both: bool [m] each."""
+    draws = np.random.default_rng(0).integers(0, len(true), (RESAMPLES, len(true)))
+    low, high = np.quantile(f1(yes[draws], true[draws]) - f1(off[draws], true[draws]), [0.025, 0.975])
+    return f"{f1(yes, true) - f1(off, true):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)), ""]
+
+
+COUNTED = ("right", "hallucinated", "companions", "habit")
+
+
+def descriptions(found: Answers, names: Sequence[str], best: Sequence[str] = ()) -> list[str]:
+    """A table of descriptions, DoLa off first: means over them, and paired differences."""
+    off = found.described(OFF)
+    share = 100 * off["hallucinated"].sum() / off["said"].sum()
+    rows = [[OFF, percent(found.exact(OFF, "describe")), *(f"{off[key].mean():.3f}" for key in COUNTED)]]
+    rows[0][3] += f" ({share:.1f} %)"
+    for name in names:
+        counts = found.described(name)
+        cells = [points(found.exact(name, "describe") - found.exact(OFF, "describe"))]
+        cells += [signed(counts[key] - off[key]) for key in COUNTED]
+        rows += [[f"**{name}**" if name in best else name, *cells]]
+    return table(["", "exact, %", "right", "hallucinated", "companion", "by habit"], rows)
+
+
+def tables(model_path: str, questions: int, validation_questions: int, dola: bool) -> str:
+    """The tables of the model card."""
+    wrapper, processor = load(ModelConfig(model_path=model_path, device="cpu", dtype="float32"))
+    asked = partial(Answers, wrapper, processor)
+    configs = CONFIGS if dola else {OFF: CONFIGS[OFF]}
+    others, best = [name for name in configs if name != OFF], []
+    lines = []
+    if dola:
+        validation = asked("validation", validation_questions, configs, ["describe"])
+        best = [max(others, key=lambda name: validation.described(name)["right"].mean())]
+        lines += [
+            f"**{validation_questions} descriptions of the validation set**: means over them, and differences\n"
+            "from DoLa off. Right: things that are in the place where they are said to be. Hallucinated: things that\n"
+            "are nowhere in the picture (in percent of those said); companion: of those, what keeps company with\n"
+            "something there; by habit: what keeps company with the thing said before. In bold what has most things\n"
+            "right: the choice.",
+            *descriptions(validation, others, best),
+        ]
+    long = asked("test", questions, configs, ["describe", "presence"])
+    lines += [f"**{questions} descriptions of the test set**, likewise:", *descriptions(long, others, best)]
+
+    lines += [
+        f"**{questions} questions of presence of the test set**: a third about something there, a third about\n"
+        "something absent at random, a third about an absent companion; POPE's measures in percent, over the first\n"
+        "third and one of the others. Yes: how often it is said."
+    ]
+    rows = []
+    for name in (OFF, *others):
+        row = [f"**{name}**" if name in best else name]
+        for absent in ("random", "co-occurring"):
+            (yes, true), (off, _) = long.presence(name, absent), long.presence(OFF, absent)
+            if name == OFF:
+                row += [percent(yes == true), f"{f1(yes, true):.1f}", percent(yes)]
+            else:
+                row += [
+                    points((yes == true) * 1.0 - (off == true)),
+                    f1_difference(yes, off, true),
+                    points(yes * 1.0 - off),
+                ]
+        rows += [row]
+    lines += table(
+        ["", *(f"{name}, {absent}" for absent in ("random", "companions") for name in ("accuracy", "F1", "yes"))], rows
+    )
+
+    chosen = {name: configs[name] for name in (OFF, *best)}
+    short = asked("test", questions, chosen, [kind for kind in KINDS if kind not in ("describe", "presence")])
+    habit = asked("test", questions, {OFF: CONFIGS[OFF]}, habit=True)
+    lines += [
+        f"**Exact answers** in percent, {questions} questions of a kind, in the world with the habit and in that of\n"
+        "the test set:"
+    ]
+    rows = []
+    for kind in (*sorted(KINDS), "presence/present", "presence/random-absent", "presence/co-occurring-absent"):
+        found = short if short.of(kind) else long
+        cells = [points(found.exact(name, kind) - found.exact(OFF, kind)) for name in best]
+        rows += [[kind, percent(habit.exact(OFF, kind)), percent(found.exact(OFF, kind)), *cells]]
+    rows += [["all", percent(habit.exact(OFF)), percent(np.concatenate([short.exact(OFF), long.exact(OFF)]))]]
+    rows[-1] += [
+        points(np.concatenate([found.exact(name) - found.exact(OFF) for found in (short, long)])) for name in best
+    ]
+    lines += table(["", "off, with the habit", "off", *best], rows)
+
+    penalised = asked("test", questions, chosen, ["describe"], repetition_penalty=1.2)
+    penalised.texts = {f"{name}, penalty": texts for name, texts in penalised.texts.items()} | {
+        OFF: long.texts_of("describe", OFF)
+    }
+    lines += [
+        f"**With a repetition penalty of 1.2**, the same {questions} descriptions against those of DoLa off without it:"
+    ]
+    lines += descriptions(penalised, [name for name in penalised.texts if name != OFF])
+
+    said = layers_say(wrapper.model, processor, questions)
+    lines += [
+        "**What each layer says** at the colour of a thing that is not the companion of the thing before it, in the\n"
+        "right descriptions of the test set: mean probability of the companion's colour, and of the right one."
+    ]
+    rows = [[str(layer), f"{wrong:.2f}", f"{right:.2f}"] for layer, (wrong, right) in enumerate(said, 1)]
+    lines += table(["layer", "companion", "what is there"], rows)
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
-    lines += ["", f"Measured with `python -m demo.evaluate` on {date.today()} ({machine})."]
+    lines += [f"Measured with `python -m demo.evaluate` on {date.today()} ({machine})."]
     return "\n".join(lines)
 
 
@@ -134,17 +357,17 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description="Measures a demo checkpoint.")
     here = Path(__file__).parent
     parser.add_argument("--model", default=str(here / "checkpoint"), help="checkpoint folder (%(default)s)")
-    parser.add_argument("--questions", type=int, default=1000, help="how many test questions (%(default)s)")
+    parser.add_argument("--questions", type=int, default=1500, help="test questions of each kind (%(default)s)")
+    parser.add_argument("--validation", type=int, default=300, help="validation questions of each kind (%(default)s)")
     parser.add_argument("--no-dola", action="store_true", help="measure with DoLa off alone")
     parser.add_argument("--write-card", action="store_true", help="put the tables into the folder's README.md")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    if options.questions < 18:
-        parser.error(f"argument --questions: must be at least 18, so that each kind is asked, got {options.questions}")
+    for name in ("questions", "validation"):
+        if (value := getattr(options, name)) < 3:
+            parser.error(f"argument --{name}: must be at least 3, so that each sort is asked, got {value}")
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(
-            f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train"
-        )
-    text = tables(options.model, options.questions, not options.no_dola)
+        parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
+    text = tables(options.model, options.questions, options.validation, not options.no_dola)
     print(text)
     if options.write_card:
         try:

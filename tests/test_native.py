@@ -130,7 +130,7 @@ def test_images_are_generated_as_without_the_wrapper(native: Any, folder: Path, 
 @pytest.mark.parametrize("use_dola_lm", [False, True])
 def test_penalties_and_processors_of_the_caller_are_honoured(native: Any, inputs: Any, use_dola_lm: bool) -> None:
     wrapper = DoLaJanusWrapper(native, DoLaConfig(use_dola_lm=use_dola_lm))
-    few = SHORT | {"max_new_tokens": 10}
+    few = SHORT | {"max_new_tokens": 20}
     plain = wrapper.generate(**inputs, **few)
     first = plain[:, inputs.input_ids.shape[1]].unique().tolist()  # of the answers
     pairs: list[tuple[dict[str, Any], LogitsProcessor]] = [
@@ -169,13 +169,13 @@ def test_the_command_line_answers_as_with_the_published_layout(capsys: Any, fold
         out = run(capsys, DEMO, *arguments)
         assert run(capsys, folder, *arguments) == out
         if "compare=true" in arguments:
-            assert len(re.findall("DoLa o.*purple square", out)) == 1  # it is not one answer twice
+            assert len(set(re.findall("DoLa o.. +(.*)", out))) == 2  # it is not one answer twice
 
 
 def test_the_batch_run_and_calibration_do_so_too(capsys: Any, folder: Path, tmp_path: Path) -> None:
     asked = [{"images": [str(IMAGES / name)], "question": question} for name, question in QUESTIONS.items()]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
-    answers = ["There are four shapes.", "No, there is no red circle in the image."]
+    answers = ["There are three shapes. In the top", "No, there is no red circle in the image."]
     lines = [line | {"answer": answer} for line, answer in zip(asked, answers, strict=True)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outputs = []
@@ -187,7 +187,7 @@ def test_the_batch_run_and_calibration_do_so_too(capsys: Any, folder: Path, tmp_
         calibrate.run([*common, f"data={tmp_path / 'data.jsonl'}", f"output={tmp_path / name}.yaml"])
         results = json.loads((tmp_path / f"{name}.json").read_text())["table"]
         outputs.append((output.read_text(), results))
-    assert outputs[0][0] == outputs[1][0] and "purple" in outputs[0][0]
+    assert outputs[0][0] == outputs[1][0] and "shapes" in outputs[0][0]
     for name, row in outputs[0][1].items():
         assert outputs[1][1][name].pop("logprob") == pytest.approx(row.pop("logprob"), abs=1e-5)
         assert outputs[1][1][name] == row
