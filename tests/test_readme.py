@@ -123,9 +123,13 @@ def test_the_commands_run(name: str, here: Path, capsys: Any, monkeypatch: pytes
     (here / "REPORT.html").unlink()
     type_it(many.replace("ANSWERS", "BOTH"), monkeypatch, *small, *keys.split())
     assert "DoLa changed" in (here / "REPORT.html").read_text(encoding="utf-8")
-    (calibrate,) = re.findall(r"`(janus-dola calibrate .*?)`", TEXTS[name])
+    calibrate, look = (
+        next(line for line in commands(name) if part in line) for part in (" calibrate ", "mine.yaml use")
+    )
     type_it(calibrate, monkeypatch, *small)
     assert "bucket 2" in capsys.readouterr().out and (here / "mine.yaml").is_file()
+    type_it(look, monkeypatch, *small)
+    assert "DoLa changed" in (here / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", READMES)
