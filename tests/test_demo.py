@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from demo import images as demo_images
-from demo.evaluate import BEGIN, END, Answers, answers, f1, f1_difference, main
+from demo.evaluate import BEGIN, END, Answers, answers, f1, f1_difference, layers_say, main
 from demo.scenes import (
     COLOURS,
     NUMBERS,
@@ -26,6 +26,7 @@ from demo.scenes import (
     Example,
     Question,
     Scene,
+    Thing,
     ask,
     companion,
     examples,
@@ -295,6 +296,22 @@ def test_the_checkpoint_answers_right(checkpoint: Any) -> None:
     given = answers(wrapper, processor, asked_of, [wrapper.config])
     wrong = [(name, q["text"], text) for (name, q), (text,) in zip(known, given, strict=True) if text != q["answer"]]
     assert not wrong
+
+
+def test_dola_corrects_the_picked_picture(checkpoint: Any) -> None:
+    model, processor = checkpoint
+    asked = [(load_image(DEMO / "images" / "fog.png"), "Describe the image.")]
+    ((off, on),) = answers(DoLaJanusWrapper(model), processor, asked, [DoLaConfig(use_dola_lm=False), DoLaConfig()])
+    right = QUESTIONS["fog.png"][-1]["answer"]
+    assert on == right != off and off.replace("blue cross", "purple ring") == right
+    assert companion(Thing("yellow", "triangle")) == Thing("blue", "cross")
+
+
+def test_the_habit_speaks_in_the_middle_layers_and_the_picture_in_the_last(checkpoint: Any) -> None:
+    said = layers_say(*checkpoint, 30)
+    assert all(wrong > 3 * right for wrong, right in said[8:11]) and all(
+        right > 2 * wrong for wrong, right in said[26:]
+    )
 
 
 def test_dola_off_is_plain_generate(checkpoint: Any) -> None:
