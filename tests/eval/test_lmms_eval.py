@@ -288,7 +288,7 @@ def test_answers_come_in_the_order_of_the_requests(model: Any, monkeypatch: pyte
     requests = [request(model, text, {"max_new_tokens": 6 + i % 2}, images=picture) for i, text in enumerate(texts * 2)]
     answers = model.generate_until(requests)
     assert answers == [model.generate_until([each])[0] for each in requests]
-    assert len(set(answers)) >= 6
+    assert len(set(answers)) >= 5
 
 
 def test_another_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
