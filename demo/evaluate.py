@@ -263,20 +263,21 @@ def tables(model_path: str, questions: int, validation_questions: int, dola: boo
     asked = partial(Answers, wrapper, processor)
     configs = CONFIGS if dola else {OFF: CONFIGS[OFF]}
     others, best = [name for name in configs if name != OFF], []
-    lines = []
+    lines = [
+        "Of descriptions there are means, and differences from DoLa off. Right: things that are in the place where\n"
+        "they are said to be. Hallucinated: things that are nowhere in the picture (in percent of those said);\n"
+        "companion: of those, what keeps company with something there; by habit: what keeps company with the thing\n"
+        "said before.\n"
+    ]
     if dola:
         validation = asked("validation", validation_questions, configs, ["describe"])
         best = [max(others, key=lambda name: validation.described(name)["right"].mean())]
         lines += [
-            f"**{validation_questions} descriptions of the validation set**: means over them, and differences\n"
-            "from DoLa off. Right: things that are in the place where they are said to be. Hallucinated: things that\n"
-            "are nowhere in the picture (in percent of those said); companion: of those, what keeps company with\n"
-            "something there; by habit: what keeps company with the thing said before. In bold what has most things\n"
-            "right: the choice.",
+            f"**{validation_questions} descriptions of the validation set**; in bold what has most things right.",
             *descriptions(validation, others, best),
         ]
     long = asked("test", questions, configs, ["describe", "presence"])
-    lines += [f"**{questions} descriptions of the test set**, likewise:", *descriptions(long, others, best)]
+    lines += [f"**{questions} descriptions of the test set**:", *descriptions(long, others, best)]
 
     lines += [
         f"**{questions} questions of presence of the test set**: a third about something there, a third about\n"
