@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from benchmarks.latency import DEMO, SHAPES, at_least, build, device_of, in_words, machine, quartiles
+from demo.evaluate import SEED, Evaluation
 from demo.scenes import examples
 from janus.models.projector import MlpProjector
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs.answer import answer_many
 from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
-from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, build_conversation, prompt_length
+from janus_dola.programs.prompts import Prompt, build_conversation, prompt_length
 
 ON, OFF = DoLaConfig(), DoLaConfig(use_dola_lm=False)
 ASKED = {
@@ -67,19 +68,6 @@ class Options:
             raise ValueError(f"questions must be a multiple of each batch, {self.batch}, got {self.questions}")
 
 
-@dataclass
-class Run(ManyConfig):
-    """A run of the engine; every prompt is asked under all of `asked`."""
-
-    asked: list[DoLaConfig] = field(default_factory=list)
-
-    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
-        return self.asked
-
-    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
-        return {"texts": [answer["text"] for answer in outcome.answers]}
-
-
 def load_shape(options: Options) -> tuple[DoLaJanusWrapper, Any]:
     """The wrapped model of a shape, and the demo's processor."""
     device, dtype = device_of(options.shape, options.device, options.dtype)
@@ -95,7 +83,7 @@ def load_shape(options: Options) -> tuple[DoLaJanusWrapper, Any]:
 def questions(processor: Any, count: int) -> list[Prompt]:
     """The kinds of question take turns, so that answers are short and long ones."""
     prompts = []
-    for i, (scene, question) in enumerate(examples("test", 77, count)):
+    for i, (scene, question) in enumerate(examples("test", SEED, count)):
         turns = build_conversation(ModelConfig().roles, question.text, [scene.render()])
         prompts.append(Prompt(i, turns, ON, prompt_length(turns, processor)))
     return prompts
@@ -117,8 +105,9 @@ def answer(
     generation: dict[str, Any] = {"max_new_tokens": options.tokens, "do_sample": False}
     if options.shape != "demo":
         generation["eos_token_id"] = None
+    config = Evaluation(generation=generation, batch_size=batch, compared=asked)
     start = time.perf_counter()
-    lines = list(answer_many(model, processor, prompts, Run(generation=generation, batch_size=batch, asked=asked)))
+    lines = list(answer_many(model, processor, prompts, config))
     minutes = (time.perf_counter() - start) / 60
     if problems := [line["error"] for line in lines if "error" in line]:
         raise RuntimeError(f"batch {batch}, {len(asked)} configurations: {problems[0]}")
