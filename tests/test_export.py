@@ -170,7 +170,6 @@ def test_pixels_differ_where_rounding_does(folders: dict[str, Path], name: str) 
 def test_it_answers_as_the_published_layout(folders: dict[str, Path], models: dict[str, Any], name: str) -> None:
     """Logits, and tokens of greedy search and beams, with DoLa off and on: by generate as the folder has it."""
     model, published = models[name], MultiModalityCausalLM.from_pretrained(PUBLISHED[name], dtype=torch.float32).eval()
-    differ = []
     for case, how in (("two pictures", {}), ("two turns", {"num_beams": 3}), ("no picture", {})):
         given, batch = inputs_of(name, folders[name], case)
         with torch.inference_mode():
@@ -179,7 +178,7 @@ def test_it_answers_as_the_published_layout(folders: dict[str, Path], models: di
             torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=0)
         answers = []
         for use_dola_lm in (False, True):
-            keys = {"use_dola_lm": use_dola_lm, "alpha": 0.0, "candidate_layers": [1]}
+            keys = {"use_dola_lm": use_dola_lm, "alpha": 0.0, "candidate_layers": [3]}
             ids = model.generate(**given, **keys, **SHORT, **how)[:, given.input_ids.shape[1] :]
             end = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
             answers.append(
@@ -188,8 +187,7 @@ def test_it_answers_as_the_published_layout(folders: dict[str, Path], models: di
                 )
             )
             assert ids.equal(answers[-1])
-        differ.append(not answers[0].equal(answers[1]))
-    assert any(differ)
+        assert not answers[0].equal(answers[1])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -284,11 +284,11 @@ def test_answers_come_in_the_order_of_the_requests(model: Any, monkeypatch: pyte
     """Whatever the windows, the lengths, and the arguments that requests are grouped by."""
     monkeypatch.setattr(program, "WINDOW", 1)
     picture = load_pil_images([{"images": [str(CHECKPOINT.parent / "images" / "scene.png")]}])
-    texts = ["What is in the top left?", "Describe the image.", "How many shapes are there?", "Hello?", "Red?"]
+    texts = ["What is in the top left?", "Where is the square?", "How many shapes are there?", "Hello?", "Red?"]
     requests = [request(model, text, {"max_new_tokens": 6 + i % 2}, images=picture) for i, text in enumerate(texts * 2)]
     answers = model.generate_until(requests)
     assert answers == [model.generate_until([each])[0] for each in requests]
-    assert len(set(answers)) >= 5
+    assert len(set(answers)) >= 6
 
 
 def test_another_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
