@@ -281,8 +281,11 @@ def time_once(
     return clock.times[0] - start, statistics.median(later - earlier for earlier, later in pairwise(clock.times))
 
 
-def arithmetic(model: Any, setting: Setting) -> float:
-    """Seconds that a step's vocabulary-wide arithmetic takes: log-softmax, JSD, selection, contrast. Median of 30."""
+def arithmetic(model: Any, setting: Setting) -> tuple[float, float]:
+    """Seconds, and page faults, of a step's vocabulary-wide arithmetic: log-softmax, JSD, selection, contrast.
+
+    Medians of 30. A fault is a page of fresh memory, of 4 KiB as a rule; how many there are is the allocator's affair.
+    """
     rows, J = setting.batch * setting.beams, setting.layers
     logits = (
         torch.randn(rows, J + 1, model.get_input_embeddings().num_embeddings, device=model.device)
@@ -292,14 +295,15 @@ def arithmetic(model: Any, setting: Setting) -> float:
     config = DoLaConfig(candidate_layers=list(range(1, J + 1)))
     processor = DoLaLogitsProcessor(lambda: (logits[:, :-1], logits[:, -1]), by_row([config] * rows, J + 1), -math.inf)
     tokens, scores = torch.zeros(rows, 1, dtype=torch.long, device=model.device), logits[:, -1].float()
-    seconds = []
+    seconds, faults = [], []
     for _ in range(30):
         synchronize(model.device)
-        start = time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         processor(tokens, scores)
         synchronize(model.device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return statistics.median(seconds), statistics.median(faults)
 
 
 def peak_memory(options: Options, setting: Setting, variant: str) -> int:
@@ -346,10 +350,11 @@ def measure(options: Options, report: Callable[[list[dict[str, Any]]], None]) ->
             for setting in settings:
                 bar.set_description(f"{shape} batch {setting.batch} J {setting.layers} beams {setting.beams}")
                 times = interleave(model, options, setting, bar)
+                seconds, faults = arithmetic(model, setting)
                 results.append(
                     asdict(setting)
                     | {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-                    | {"arithmetic_s": arithmetic(model, setting)}
+                    | {"arithmetic_s": seconds, "arithmetic_page_faults": faults}
                     | {"variants": summarize(times, {v: peaks.get((setting, v)) for v in options.variants})}
                 )
                 report(results)
@@ -448,7 +453,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines += ["", "A step's vocabulary-wide arithmetic by itself (log-softmax, JSD, selection, contrast):", ""]
     for result in document["results"]:
         keys = ", ".join(f"{key} {result[key]}" for key in ("shape", "batch", "beams"))
-        lines.append(f"- {keys}, J {result['layers']}: {result['arithmetic_s'] * 1e3:.2f} ms")
+        cost = f"{result['arithmetic_s'] * 1e3:.2f} ms, {result['arithmetic_page_faults']:.0f} page faults"
+        lines.append(f"- {keys}, J {result['layers']}: {cost}")
     return "\n".join(lines) + "\n"
 
 
