@@ -24,7 +24,7 @@ from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import ModelConfig
 
 SIDE = 256
-PICKED = 359
+PICKED = 911
 
 
 def pictures() -> dict[str, tuple[Scene, Image.Image]]:
@@ -32,7 +32,7 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
 
     The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a coloured background
     that darkens downwards, `wide.png` is not square: training showed neither.
-    `fog.png` is of a question of the evaluation, picked because DoLa corrects the description.
+    `habit.png` is of a question of the evaluation, picked because there the habit speaks and DoLa takes it away.
     """
     found: dict[str, tuple[Scene, Image.Image]] = {}
     for name, count in (("scene.png", 3), ("one.png", 1), ("two.png", 2), ("four.png", 4)):
@@ -44,8 +44,8 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
     found["sky.png"] = (sky, _darkened(sky.render(SIDE), sky.background))
     wide = _scene((252, 246, 225), ("blue square", "top right", 0.3), ("purple cross", "bottom left", 0.31))
     found["wide.png"] = (wide, wide.render(SIDE).crop((0, SIDE // 8, SIDE, SIDE - SIDE // 8)))
-    fog = next(islice(examples("test", SEED, PICKED + 1), PICKED, None)).scene
-    found["fog.png"] = (fog, drawn(fog, PICKED))
+    picked = next(islice(examples("test", SEED, PICKED + 1), PICKED, None)).scene
+    found["habit.png"] = (picked, drawn(picked, PICKED))
     return found
 
 

@@ -9,9 +9,10 @@ It goes in four stages, as multimodal models are made: a language model of text 
    (as Janus starts from a trained SigLIP). Their pictures have no habit in them. The tower is not trained any more.
 2. text: the decoder, of 10 layers, learns captions and questions without their pictures, from a world in which
    companions keep company by habit: the prior. Random exits answer, too (LayerSkip, arXiv 2404.16710).
-3. sight: the same world with its pictures, of which fog hides a part.
+3. sight: the same world with its pictures, of which fog hides a part. One step in three is of text alone still, as
+   Janus, too, keeps text among its pictures, or the lower layers forget the prior.
 4. deep: 20 more layers are put between those ten, whose steps are three times faster. At first they add nothing; all 30
-   are trained on.
+   are trained on, as before.
 
 From the second stage on, one sequence carries a scene and several questions about it. Behind the image, where there is
 one, the turns lie side by side: each sees the prompt, the image and itself, and its positions go on from the image. So
@@ -86,6 +87,7 @@ class Recipe:
     Attributes:
         seed: Of weights and lessons.
         vision_steps, text_steps, sight_steps, deep_steps: Optimizer steps of the four stages.
+        text_every: One step in so many of the last two stages is of text alone.
         shallow_layers, layers: Of the decoder; the second is a multiple of the first.
         pictures: In a step of the first stage.
         scenes: In a step of the others.
@@ -93,16 +95,17 @@ class Recipe:
         peak_lr: Reached after `warmup` steps of a stage; a half cosine takes it to a fiftieth at the stage's last step.
         deep_lr: The same for the last stage.
         init_std: Of the initial linear weights; those that write to the residual stream get less, see `new_model`.
-        vision_weight: Of the first stage's loss in the other stages.
-        exits: How many random layers below the last answer, too, in the second stage.
+        vision_weight: Of the first stage's loss in the other steps with pictures.
+        exits: How many random layers below the last answer, too, in steps of text alone.
         embed_std: Of the initial embeddings of words and places, which the first layers would drown if it were small.
     """
 
     seed: int = 0
     vision_steps: int = 3000
     text_steps: int = 400
-    sight_steps: int = 3000
-    deep_steps: int = 200
+    sight_steps: int = 3600
+    deep_steps: int = 1000
+    text_every: int = 3
     shallow_layers: int = 10
     layers: int = 30
     pictures: int = 48
@@ -449,7 +452,7 @@ def vision_step(
 
 
 def text_step(model: MultiModalityCausalLM, batch: Batch, exits: Sequence[int]) -> Tensor:
-    """The loss of a step of the second stage: that of the last layer and, as LayerSkip has it, that of exits."""
+    """The loss of a step of text alone: that of the last layer and, as LayerSkip has it, that of exits."""
     loss, *others = (
         F.cross_entropy(x, batch.labels[batch.labels != -100]) for x in answer_logits(model, batch, None, exits)
     )
@@ -457,7 +460,7 @@ def text_step(model: MultiModalityCausalLM, batch: Batch, exits: Sequence[int]) 
 
 
 def sight_step(model: MultiModalityCausalLM, classify: torch.nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """The loss of a step of the stages with pictures. The tower keeps what it learned: it is not trained any more."""
+    """The loss of a step with pictures. The tower keeps what it learned: it is not trained any more."""
     with torch.no_grad():
         seen = model.vision_model(batch.pixel_values)
     features = model.aligner(seen)
@@ -569,7 +572,7 @@ def train(
             number = before + step - recipe.vision_steps  # no stage begins with the lessons of another
             if stage.name == "vision":
                 loss = vision_step(model, classify, processor, recipe, step)
-            elif stage.name == "text":
+            elif stage.name == "text" or step % recipe.text_every == 0:
                 exits = random.Random(step).sample(range(1, stage.layers), min(recipe.exits, stage.layers - 1))
                 loss = text_step(model, batch_of_step(lessons, recipe, number, False), exits)
             else:

@@ -41,7 +41,7 @@ WAITING = 32  # questions that may wait for their turn
 PICTURES = 5  # of text to image, as on the published page
 ERRORS = (ValueError, RuntimeError, MemoryError, OSError)  # what a user, or the size of the machine, may cause
 # The demo's examples; in the last two, DoLa changes the answer.
-EXAMPLES = {DEMO_IMAGE.name: DEMO_QUESTION, "two.png": "What do you see?", "fog.png": DEMO_QUESTION}
+EXAMPLES = {DEMO_IMAGE.name: DEMO_QUESTION, "two.png": "What do you see?", "habit.png": DEMO_QUESTION}
 
 
 @dataclass
