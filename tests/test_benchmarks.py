@@ -1,13 +1,14 @@
 """The benchmarks run, and their reports say what was measured."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import latency, long_run, profile_step, throughput
+from benchmarks import allocator, latency, long_run, profile_step, throughput
 from janus_dola import DoLaJanusWrapper
 from janus_dola.programs.options import read_config
 
@@ -91,6 +92,16 @@ def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -
         profile_step.run(["tokens=2"])
     with pytest.raises(ValueError, match="layers must be at most 2 for 6 layers, got 3"):
         profile_step.run(["shape=tiny", "layers=3"])
+
+
+def test_a_kept_heap_has_no_page_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    allocator.run(["rounds=2", "processes=2", "threads=1"])
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table[0] == ["round", "as it is", "kept"] and [row[0] for row in table[1:]] == ["1", "2"]
+    assert all(float(cell.split(" ms")[0]) > 0 for row in table[1:] for cell in row[1:])
+    assert sys.platform != "linux" or table[2][2].endswith(", 0")
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
+        allocator.run(["rounds=0"])
 
 
 def test_long_run_reports_the_slope(capsys: pytest.CaptureFixture[str]) -> None:
