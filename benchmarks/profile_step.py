@@ -1,6 +1,7 @@
 """Where the time of a decode step goes: python -m benchmarks.profile_step [key=value ...], such as shape=7b layers=8
 
-torch.profiler's time of each part of a step, with DoLa off and on, and how many kernels each part starts.
+torch.profiler's time of each part of a step, with DoLa off and on, and how many kernels each part starts. Of a compiled
+forward pass (compiled=true) the parts are not known: the formulas stand beside all the rest.
 """
 
 import functools
@@ -12,8 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
+from transformers import StoppingCriteria
 
 from benchmarks.latency import (
     SHAPES,
@@ -39,6 +43,7 @@ OF_DOLA = {
     "read: softmax, JSD": (wrapper, "read"),
     "choose: M, contrast": (wrapper, "choose"),
 }
+OF_COMPILED = {"formulas": (wrapper.DoLaLogitsProcessor, "_step")}
 OTHER = "rest of generate"
 
 
@@ -47,11 +52,12 @@ class Options:
     """The command line.
 
     Attributes:
-        shape, layers, prompt, tokens, device, dtype, threads: As of `benchmarks.latency`, one value each.
+        shape, layers, compiled, prompt, tokens, device, dtype, threads: As of `benchmarks.latency`, one value each.
     """
 
     shape: str = "1b"
     layers: int = 4
+    compiled: bool = False
     prompt: int = 640
     tokens: int = 17
     device: str = "auto"
@@ -68,7 +74,7 @@ class Options:
 
 
 @contextmanager
-def labelled(model: Any) -> Iterator[list[str]]:
+def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
     """Within it the profiler sees the parts of a step by these names."""
 
     def label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,45 +85,55 @@ def labelled(model: Any) -> Iterator[list[str]]:
 
         return call
 
-    parts: list[tuple[str, Any, str]] = [("lm_head", model.phi, "forward")]
-    parts += [("decoder layers", layer, "forward") for layer in model.get_decoder().layers]
-    parts += [(name, owner, attribute) for name, (owner, attribute) in OF_DOLA.items()]
+    parts: list[tuple[str, Any, str]] = []
+    if not compiled:
+        parts = [("decoder layers", layer, "forward") for layer in model.get_decoder().layers]
+        parts.append(("lm_head", model.phi, "forward"))
+    parts += [(name, *place) for name, place in (OF_COMPILED if compiled else OF_DOLA).items()]
     with ExitStack() as stack:
         for name, owner, attribute in parts:
             stack.enter_context(patch.object(owner, attribute, label(name, getattr(owner, attribute))))
-        yield ["decoder layers", "lm_head", *OF_DOLA]
+        yield list(dict.fromkeys(name for name, _, _ in parts))
 
 
-def steps_of(model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: int) -> dict[str, tuple[float, float]]:
+class Start(StoppingCriteria):
+    """Stops nothing: starts a profiler once two tokens are chosen."""
+
+    def __init__(self, profiler: Any) -> None:
+        self.profiler, self.chosen, self.time = profiler, 0, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.chosen += 1
+        if self.chosen == 2:
+            synchronize(input_ids.device)
+            self.profiler.start()
+            self.time = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def steps_of(
+    model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: int, compiled: bool
+) -> dict[str, tuple[float, float]]:
     """Milliseconds and operations of each part, a step: the mean of all steps but the prompt's and the one after it."""
     cuda = model.device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
-    passes, start = 0, 0.0
-
-    def begin(module: Any, args: Any) -> None:
-        nonlocal passes, start
-        passes += 1
-        if passes == 3:
-            synchronize(model.device)
-            profiler.start()
-            start = time.perf_counter()
-
-    handle = model.register_forward_pre_hook(begin)
-    with labelled(model) as names:
-        try:
-            generate(model, variant, J, max_new_tokens=tokens, **prompt)
-        finally:
-            handle.remove()
+    if compiled:  # now, not under the profiler
+        generate(model, variant, J, max_new_tokens=tokens, **prompt)
+    start = Start(profiler)
+    with labelled(model, compiled) as names:
+        generate(model, variant, J, max_new_tokens=tokens, stopping_criteria=[start], **prompt)
         synchronize(model.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start.time
         profiler.stop()
     steps = tokens - 2
     table = dict.fromkeys(names, (0.0, 0.0))
     everything = 0
     for event in profiler.events():
-        if event.cpu_parent is None:
+        if cuda:
+            everything += event.device_type == DeviceType.CUDA and event.name not in table
+        elif event.cpu_parent is None:
             everything += operations(event, cuda)
-        if event.name in table:
+        if event.name in table and event.device_type == DeviceType.CPU:
             ms, count = table[event.name]
             spent = event.device_time_total if cuda else event.cpu_time_total  # microseconds
             table[event.name] = (ms + spent / 1e3 / steps, count + operations(event, cuda) / steps)
@@ -143,9 +159,10 @@ def run(argv: Sequence[str]) -> None:
     tables: dict[str, dict[str, tuple[float, float]]] = {}
     with torch.inference_mode():
         model = DoLaJanusWrapper(build(options.shape, device, dtype))
-        prompt = prompt_for(model, Setting(options.shape, 1, options.layers, 1), options.prompt)
+        setting = Setting(options.shape, 1, options.layers, 1, options.compiled)
+        prompt = prompt_for(model, setting, options.prompt)
         for variant in tqdm(("baseline", "dola"), disable=None):
-            tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens)
+            tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens, options.compiled)
     print(f"`{' '.join(['python -m benchmarks.profile_step', *argv])}`\n")
     print(f"{in_words(machine(device))}. A step in {dtype}, under the profiler, which slows it.\n")
     print("| | baseline ms | operations | dola ms | operations |\n|---|--:|--:|--:|--:|")

@@ -202,9 +202,13 @@ def sled(reading: Reading, candidates: Tensor, rate: Tensor, k: int = 10, T: int
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """q and log q of logits [..., V], in float32 (float64 stays).
 
-    `torch.log_softmax` keeps a few running sums over the 102,400 tokens: on a CPU with short vectors its q adds up to 1
-    within 1e-5 only, which the JSD inherits. `sum` adds in pairs. Both results share the exp, which is the costly part.
+    On the CPU `torch.log_softmax` keeps a few running sums over the 102,400 tokens: with short vectors its q adds up to
+    1 within 1e-5 only, which the JSD inherits. `sum` adds in pairs. Both results share the exp, which is the costly
+    part. Elsewhere what costs is starting kernels, and it is two in place of eight.
     """
+    if logits.device.type != "cpu":
+        log_q = log_softmax(logits)
+        return log_q.exp(), log_q
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)  # then in place: fresh memory costs
     log_q -= logits.amax(-1, keepdim=True)  #                                          more than the arithmetic
     q = log_q.exp()
@@ -214,7 +218,9 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_softmax(logits: Tensor) -> Tensor:
     """log q of logits [..., V], in float32 (float64 stays)."""
-    return softmax(logits)[1]
+    if logits.device.type == "cpu":
+        return softmax(logits)[1]
+    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def compute_probs_from_hidden(h: Tensor, ln_out: Callable[[Tensor], Tensor], phi: Callable[[Tensor], Tensor]) -> Tensor:
@@ -246,10 +252,10 @@ def jsd(P: Tensor, Q: Tensor, log_P: Tensor | None = None, log_Q: Tensor | None 
     """
     log_P = (P + EPS).log_() if log_P is None else log_P.clamp(min=math.log(EPS))
     log_Q = (Q + EPS).log_() if log_Q is None else log_Q
-    log_M = (P + Q).div_(2).add_(EPS).log_()
+    log_M = torch.lerp(P, Q, 0.5).add_(EPS).log_()
     KL_PM = (log_P - log_M).mul_(P).sum(-1)
     KL_QM = (log_Q - log_M).mul_(Q).sum(-1)
-    return ((KL_PM + KL_QM) / 2).clamp(0.0, math.log(2.0))
+    return (KL_PM + KL_QM).div_(2).clamp_(0.0, math.log(2.0))
 
 
 def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
@@ -268,8 +274,8 @@ def select_layer(qN: Tensor, qj: Tensor) -> Tensor:
 
 def _most_divergent(divergence: Tensor, candidates: Tensor) -> Tensor:
     """The argmax of each row's candidates, both [rows, J]; J, for N, where a row has none whose JSD is a number."""
-    eligible = candidates & ~divergence.isnan()
-    return pad(torch.where(eligible, divergence, -2.0), (0, 1), value=-1.0).argmax(-1)
+    eligible = torch.where(candidates, divergence, -2.0).nan_to_num_(nan=-2.0)
+    return pad(eligible, (0, 1), value=-1.0).argmax(-1)
 
 
 def head_mask(log_qN: Tensor, alpha: Tensor) -> Tensor:

@@ -142,6 +142,10 @@ class ExitView:
         logits, self._logits = self._logits, None
         return logits[:, : len(self._layers)], logits[:, -1]
 
+    def backend(self) -> str | None:
+        """The compiler by which `generate` has compiled the view's forward pass; None if it has not."""
+        return self.model._last_compile_config.backend if "_compiled_call" in vars(self.model) else None
+
     def state(self) -> set[tuple[Any, ...]]:
         """What the copied modules consist of: where it is not `made_of`, a hook, child or attribute has changed."""
         return {

@@ -1,5 +1,6 @@
 """`DoLaJanusWrapper`: Janus with DoLa in its text decoding, and nothing else changed."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,24 @@ from janus_dola.trace import DoLaTrace, TraceCriteria
 CPU_CHUNK = 2**20
 
 
+def formulas(
+    logits: Tensor, exits: Tensor, candidates: Tensor, strength: Tensor, kind: tuple[str, int, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`read`, then `choose`: log q_N, log p̂, M and the JSD of some rows of one kind (method, top_k, dynamic)."""
+    method, top_k, dynamic = kind
+    reading = read(logits, exits, dynamic)
+    return reading.log_qN, *choose(reading, candidates, strength, method, top_k), reading.jsd
+
+
+@functools.cache
+def compiled_formulas(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`formulas`, for calls whose forward pass is compiled: a handful of kernels in place of 40.
+
+    Never with CUDA graphs, whatever the mode of the forward pass: scores may be kept from step to step.
+    """
+    return torch.compile(formulas, backend=backend, fullgraph=True)
+
+
 class DoLaLogitsProcessor(LogitsProcessor):
     """Replaces the final layer's scores by log p̂.
 
@@ -36,6 +55,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         outside: The score outside V_head.
         trace: A `DoLaTrace`, is told what happened at each step.
         beams: Whether the scores are log-probabilities, as in beam search, and not logits.
+        backend: Tells by which compiler the forward pass was compiled; the formulas then are, too. None: it was not.
     """
 
     def __init__(
@@ -45,8 +65,9 @@ class DoLaLogitsProcessor(LogitsProcessor):
         outside: float,
         trace: Any = None,
         beams: bool = False,
+        backend: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.logits, self.outside, self.trace, self.beams = logits, outside, trace, beams
+        self.logits, self.outside, self.trace, self.beams, self.backend = logits, outside, trace, beams, backend
         _, self.candidates, self.strength, methods = rows
         # Of each row its method, top_k, and whether its JSD are needed.
         self.kinds = [(*m, trace is not None or dynamic) for m, dynamic in zip(methods, rows.dynamic, strict=True)]
@@ -56,9 +77,11 @@ class DoLaLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
         each = len(scores) // len(self.kinds)  # rows of a prompt: beams, or sequences to return; the first step tells
-        self.candidates = self.candidates.to(scores.device).repeat_interleave(each, 0)
-        self.strength = self.strength.to(scores).repeat_interleave(each)
-        self.kinds = [kind for kind in self.kinds for _ in range(each)]
+        self.candidates, self.strength = self.candidates.to(scores.device), self.strength.to(scores)
+        if each > 1:
+            self.candidates = self.candidates.repeat_interleave(each, 0)
+            self.strength = self.strength.repeat_interleave(each)
+            self.kinds = [kind for kind in self.kinds for _ in range(each)]
         exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
         n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
         parts = zip(*(self._step(rows, scores, exits, final) for rows in self._chunks(n)), strict=True)
@@ -79,13 +102,11 @@ class DoLaLogitsProcessor(LogitsProcessor):
             start = end
 
     def _step(self, rows: slice, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
-        method, top_k, dynamic = self.kinds[rows.start]
-        logits = scores[rows]
-        if self.beams and method == "sled":  # it compares logits of layers: a constant matters to it alone
+        kind, logits, backend = self.kinds[rows.start], scores[rows], self.backend()
+        if self.beams and kind[0] == "sled":  # it compares logits of layers: a constant matters to it alone
             logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
-        reading = read(logits, exits[rows], dynamic)
-        log_p, M_index = choose(reading, self.candidates[rows], self.strength[rows], method, top_k)
-        return reading.log_qN, log_p, M_index, reading.jsd
+        step = formulas if backend is None else compiled_formulas(backend)
+        return step(logits, exits[rows], self.candidates[rows], self.strength[rows], kind)
 
 
 class DoLaJanusWrapper:
@@ -210,7 +231,7 @@ class DoLaJanusWrapper:
             trace.start(N, rows, num_beams, call.get("eos_token_id"))
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
         with self._view(model, rows.layers, whole) as view:
-            processor = DoLaLogitsProcessor(view.take, rows, outside, trace, num_beams > 1)
+            processor = DoLaLogitsProcessor(view.take, rows, outside, trace, num_beams > 1, view.backend)
             output = call.run(processor, criterion, view.model)
         if processor.lost.any():
             lost = processor.lost.nonzero().flatten().tolist()
@@ -233,5 +254,5 @@ class DoLaJanusWrapper:
             yield view
         finally:
             view.hidden.clear()
-            if "_compiled_call" in vars(view.model):
+            if view.backend() is not None:
                 kept.append(view)

@@ -74,7 +74,8 @@ def test_one_graph_compiled_once(model: Any, config: DoLaConfig, kind: str) -> N
     counters.clear()
     assert_same(ask(wrapper, "eager", **KINDS[kind]), want)
     compiled = graphs()
-    assert compiled[0] == 1 and not counters["graph_break"]
+    # of the forward pass, and of the formulas
+    assert compiled[0] == 1 + config.use_dola_lm and not counters["graph_break"]
     for _ in range(2):
         assert_same(ask(wrapper, "eager", **KINDS[kind]), want)
     assert graphs() == compiled
@@ -88,6 +89,17 @@ def test_inductor(model: Any) -> None:
     assert_same(ask(wrapper, "inductor", trace=trace), want)
     assert torch.equal(trace.layers, want_trace.layers)
     torch.testing.assert_close(trace.jsd, want_trace.jsd, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["deco", "sled"])
+def test_the_formulas_of_other_methods(model: Any, method: str) -> None:
+    """Beside rows of DoLa, each method a graph of its own."""
+    wrapper = DoLaJanusWrapper(model, ON)
+    configs = [ON, DoLaConfig(method=method, candidate_layers=[1, 2])]
+    want = ask(wrapper, configs=configs)
+    counters.clear()
+    assert_same(ask(wrapper, "eager", configs=configs), want)
+    assert graphs()[0] == 3 and not counters["graph_break"]
 
 
 def test_the_model_is_not_compiled_for_others(model: Any) -> None:
