@@ -37,10 +37,10 @@ def model() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-def ask(wrapper: DoLaJanusWrapper, backend: str | None = None, **more: Any) -> Any:
+def ask(wrapper: DoLaJanusWrapper, backend: str | None = None, fullgraph: bool = True, **more: Any) -> Any:
     """A left-padded batch of 2, eager or compiled."""
     if backend is not None:
-        config = CompileConfig(backend=backend, mode="default", fullgraph=True)
+        config = CompileConfig(backend=backend, mode="default", fullgraph=fullgraph)
         config._compile_all_devices = True  # which is for tests
         more |= {"cache_implementation": "static", "compile_config": config}
     torch.manual_seed(1)
@@ -100,6 +100,15 @@ def test_the_formulas_of_other_methods(model: Any, method: str) -> None:
     counters.clear()
     assert_same(ask(wrapper, "eager", configs=configs), want)
     assert graphs()[0] == 3 and not counters["graph_break"]
+
+
+def test_more_formulas_than_pytorch_compiles(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of compilations a function, which is 8, makes a call slower and no error."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    wrapper = DoLaJanusWrapper(model)
+    for method, layers in (("dola", [1, 2]), ("deco", [1, 2]), ("dola", [1])):
+        wrapper.config = DoLaConfig(method=method, candidate_layers=layers)
+        assert_same(ask(wrapper, "eager", fullgraph=False), ask(wrapper))
 
 
 def test_the_model_is_not_compiled_for_others(model: Any) -> None:
