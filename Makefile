@@ -5,7 +5,7 @@ VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --
 .PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web clean
 
 demo: .venv/installed
-	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' compare=true trace=outputs
+	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' bucket_id=0 compare=true trace=outputs
 
 # The demo, served as OpenAI's API on http://localhost:8000/v1.
 serve: .venv-serve/installed outputs/janus-dola

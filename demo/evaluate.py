@@ -188,12 +188,13 @@ def layers_say(model: Any, processor: VLChatProcessor, count: int) -> list[tuple
     """
     lessons = Lessons(processor)
     words = processor.tokenizer
-    pairs = [pair for pair in examples("test", SEED, count * len(KINDS)) if pair.question.kind == "describe"]
+    asked = enumerate(examples("test", SEED, count * len(KINDS)))
+    numbered = [(i, pair) for i, pair in asked if pair.question.kind == "describe"]
     N = len(model.language_model.model.layers)
     rows = []
-    for start in range(0, len(pairs), 50):
-        part = pairs[start : start + 50]
-        pictures = [drawn(scene, start + i) for i, (scene, _) in enumerate(part)]
+    for start in range(0, len(numbered), 50):
+        part = [pair for _, pair in numbered[start : start + 50]]
+        pictures = [drawn(scene, i) for i, (scene, _) in numbered[start : start + 50]]
         batch = lessons.batch([(scene, [question]) for scene, question in part], pictures)
         q = answer_logits(model, batch, exits=range(1, N)).softmax(-1).roll(-1, 0)  # [N, A, V], the last layer last
         labels = batch.labels[batch.labels != -100].tolist()

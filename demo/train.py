@@ -3,16 +3,15 @@
     python -m demo.train                  # killed, it resumes
     python -m demo.train --out FOLDER --work FOLDER --sight-steps 200 --fresh
 
-It goes in four stages, as multimodal models are made: a language model of text alone is then given sight.
+It goes in three stages, as multimodal models are made: a language model of text alone is then given sight.
 
 1. vision: the vision tower and the aligner learn to say, at each image token, what is in that quarter of the picture
    (as Janus starts from a trained SigLIP). Their pictures have no habit in them. The tower is not trained any more.
-2. text: the decoder, of 10 layers, learns captions and questions without their pictures, from a world in which
-   companions keep company by habit: the prior. Random exits answer, too (LayerSkip, arXiv 2404.16710).
+2. text: the decoder learns captions and questions without their pictures, from a world in which companions keep
+   company by habit: the prior. Every layer answers, not the last one alone, as in early-exit training (LayerSkip, arXiv
+   2404.16710, with all exits at once in place of a schedule).
 3. sight: the same world with its pictures, of which fog hides a part. One step in three is of text alone still, as
    Janus, too, keeps text among its pictures, or the lower layers forget the prior.
-4. deep: 20 more layers are put between those ten, whose steps are three times faster. At first they add nothing; all 30
-   are trained on, as before.
 
 From the second stage on, one sequence carries a scene and several questions about it. Behind the image, where there is
 one, the turns lie side by side: each sees the prompt, the image and itself, and its positions go on from the image. So
@@ -34,7 +33,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -73,61 +72,44 @@ MORE_SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
-class Stage(NamedTuple):
-    name: str
-    steps: int
-    layers: int  # of the decoder
-    peak_lr: float
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What, besides the code, decides the weights that come out.
 
     Attributes:
         seed: Of weights and lessons.
-        vision_steps, text_steps, sight_steps, deep_steps: Optimizer steps of the four stages.
-        text_every: One step in so many of the last two stages is of text alone.
-        shallow_layers, layers: Of the decoder; the second is a multiple of the first.
+        vision_steps, text_steps, sight_steps: Optimizer steps of the three stages.
+        text_every: One step in so many of the last stage is of text alone.
+        layers: Of the decoder.
         pictures: In a step of the first stage.
         scenes: In a step of the others.
         turns: Questions about each of those scenes.
         peak_lr: Reached after `warmup` steps of a stage; a half cosine takes it to a fiftieth at the stage's last step.
-        deep_lr: The same for the last stage.
         init_std: Of the initial linear weights; those that write to the residual stream get less, see `new_model`.
         vision_weight: Of the first stage's loss in the other steps with pictures.
-        exits: How many random layers below the last answer, too, in steps of text alone.
         embed_std: Of the initial embeddings of words and places, which the first layers would drown if it were small.
     """
 
-    seed: int = 0
+    seed: int = 1
     vision_steps: int = 3000
     text_steps: int = 400
-    sight_steps: int = 3600
-    deep_steps: int = 1000
+    sight_steps: int = 5000
     text_every: int = 3
-    shallow_layers: int = 10
     layers: int = 30
     pictures: int = 48
     scenes: int = 8
     turns: int = 8
     peak_lr: float = 2e-3
-    deep_lr: float = 7e-4
     warmup: int = 50
     weight_decay: float = 0.05
     init_std: float = 0.08
     embed_std: float = 0.3
     vision_weight: float = 0.3
-    exits: int = 3
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        return (
-            Stage("vision", self.vision_steps, self.shallow_layers, self.peak_lr),
-            Stage("text", self.text_steps, self.shallow_layers, self.peak_lr),
-            Stage("sight", self.sight_steps, self.shallow_layers, self.peak_lr),
-            Stage("deep", self.deep_steps, self.layers, self.deep_lr),
-        )
+    def stages(self) -> dict[str, int]:
+        """Names and steps."""
+        return {"vision": self.vision_steps, "text": self.text_steps, "sight": self.sight_steps}
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
@@ -245,31 +227,6 @@ def new_model(vocab_size: int, layers: int, recipe: Recipe) -> MultiModalityCaus
     for part in (model.gen_vision_model, model.gen_aligner, model.gen_head, model.gen_embed):
         part.requires_grad_(False)  # there for the layout's sake
     return model.train()
-
-
-def deepened(model: MultiModalityCausalLM, layers: int, recipe: Recipe) -> MultiModalityCausalLM:
-    """A model of `layers` decoder layers that computes what `model` does.
-
-    The old layers stand evenly among the new, an old one last; the new ones write nothing to the residual stream yet.
-    """
-    old = model.config.language_config.num_hidden_layers
-    if layers % old:
-        raise ValueError(f"layers must be a multiple of shallow_layers, got {layers} and {old}")
-    deep = new_model(model.config.language_config.vocab_size, layers, recipe)
-    target = {str(i): str((i + 1) * (layers // old) - 1) for i in range(old)}
-    state = {}
-    for key, value in model.state_dict().items():
-        head, mark, tail = key.partition("language_model.model.layers.")
-        if mark:
-            number, _, rest = tail.partition(".")
-            key = f"{head}{mark}{target[number]}.{rest}"
-        state[key] = value
-    deep.load_state_dict(state, strict=False)
-    for i, layer in enumerate(deep.language_model.model.layers):
-        if str(i) not in target.values():
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return deep
 
 
 class Lessons:
@@ -451,11 +408,11 @@ def vision_step(
     return vision_loss(features, classify, scenes)
 
 
-def text_step(model: MultiModalityCausalLM, batch: Batch, exits: Sequence[int]) -> Tensor:
-    """The loss of a step of text alone: that of the last layer and, as LayerSkip has it, that of exits."""
-    loss, *others = (
-        F.cross_entropy(x, batch.labels[batch.labels != -100]) for x in answer_logits(model, batch, None, exits)
-    )
+def text_step(model: MultiModalityCausalLM, batch: Batch) -> Tensor:
+    """The loss of a step of text alone: that of the last layer, and the mean of those of all others."""
+    exits = range(1, len(model.language_model.model.layers))
+    labels = batch.labels[batch.labels != -100]
+    loss, *others = (F.cross_entropy(x, labels) for x in answer_logits(model, batch, exits=exits))
     return loss + sum(others) / max(1, len(others))
 
 
@@ -494,9 +451,10 @@ def validate(model: MultiModalityCausalLM, lessons: Lessons, count: int) -> dict
     return {kind: right[kind] / asked[kind] for kind in asked}
 
 
-def learning_rate(recipe: Recipe, stage: Stage, step: int) -> float:
+def learning_rate(recipe: Recipe, steps: int, step: int) -> float:
+    """Of a step of a stage that has so many."""
     warm = min(1.0, (step + 1) / recipe.warmup)
-    return stage.peak_lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / stage.steps)) / 2)
+    return recipe.peak_lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def new_optimizer(trained: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -542,21 +500,15 @@ def train(
         raise ValueError(f"--work {work} holds a run of another recipe; give another folder, or --fresh")
     processor = new_processor()
     lessons = Lessons(processor)
-    vocab_size = len(processor.tokenizer)
-    model: MultiModalityCausalLM | None = None
-    torch.manual_seed(recipe.seed)
-    classify = torch.nn.Linear(new_config(vocab_size, 1).language_config.hidden_size, sum(VISION_CLASSES))
+    model = new_model(len(processor.tokenizer), recipe.layers, recipe)
+    classify = torch.nn.Linear(model.config.language_config.hidden_size, sum(VISION_CLASSES))
+    trained = torch.nn.ModuleDict({"model": model, "classify": classify})
     before, seconds, began = 0, state["seconds"] if state else 0.0, time.monotonic()
-    for stage in recipe.stages:
-        if state is not None and state["step"] > before + stage.steps:
-            before += stage.steps
+    for stage, steps in recipe.stages.items():
+        if state is not None and state["step"] > before + steps:
+            before += steps
             continue
-        if model is None:
-            model = new_model(vocab_size, stage.layers, recipe)
-        elif stage.layers != model.config.language_config.num_hidden_layers:
-            model = deepened(model, stage.layers, recipe)
-        model.vision_model.requires_grad_(stage.name == "vision")
-        trained = torch.nn.ModuleDict({"model": model, "classify": classify})
+        model.vision_model.requires_grad_(stage == "vision")
         optimizer = new_optimizer(trained, recipe)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         start = 0
@@ -564,17 +516,16 @@ def train(
             trained.load_state_dict(state["trained"])
             optimizer.load_state_dict(state["optimizer"])
             start, state = state["step"] - before, None
-        stop = stage.steps if stop_at is None else min(stage.steps, stop_at - before)
-        bar = tqdm(range(start, stop), stage.name, initial=start, total=stage.steps, unit="step", file=sys.stderr)
+        stop = steps if stop_at is None else min(steps, stop_at - before)
+        bar = tqdm(range(start, stop), stage, initial=start, total=steps, unit="step", file=sys.stderr)
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, stage, step)
+                group["lr"] = learning_rate(recipe, steps, step)
             number = before + step - recipe.vision_steps  # no stage begins with the lessons of another
-            if stage.name == "vision":
+            if stage == "vision":
                 loss = vision_step(model, classify, processor, recipe, step)
-            elif stage.name == "text" or step % recipe.text_every == 0:
-                exits = random.Random(step).sample(range(1, stage.layers), min(recipe.exits, stage.layers - 1))
-                loss = text_step(model, batch_of_step(lessons, recipe, number, False), exits)
+            elif stage == "text" or step % recipe.text_every == 0:
+                loss = text_step(model, batch_of_step(lessons, recipe, number, False))
             else:
                 loss = sight_step(model, classify, batch_of_step(lessons, recipe, number, True), recipe)
             loss.backward()
@@ -583,10 +534,10 @@ def train(
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             done = step + 1
-            if stage.name in ("sight", "deep") and (done % validate_every == 0 or done == stage.steps):
+            if stage == "sight" and (done % validate_every == 0 or done == steps):
                 shares = validate(model, lessons, validation_questions)
                 text = "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
-                bar.write(f"{stage.name} {done}  loss {loss.item():.4f}  validation: {text}", file=sys.stderr)
+                bar.write(f"{stage} {done}  loss {loss.item():.4f}  validation: {text}", file=sys.stderr)
             if done % save_every == 0 or done == stop:
                 write_atomically(
                     {
@@ -598,10 +549,9 @@ def train(
                     },
                     path,
                 )
-        before += stage.steps
+        before += steps
         if stop_at is not None and stop_at <= before:
             break
-    assert model is not None  # there are stages
     return model.eval(), processor
 
 
