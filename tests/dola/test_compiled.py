@@ -102,9 +102,9 @@ def test_the_formulas_of_other_methods(model: Any, method: str) -> None:
     assert graphs()[0] == 3 and not counters["graph_break"]
 
 
-def test_more_formulas_than_pytorch_compiles(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_formulas_than_pytorch_compiles(model: Any) -> None:
     """The limit of compilations a function, which is 8, makes a call slower and no error."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     wrapper = DoLaJanusWrapper(model)
     for method, layers in (("dola", [1, 2]), ("deco", [1, 2]), ("dola", [1])):
         wrapper.config = DoLaConfig(method=method, candidate_layers=layers)
