@@ -16,7 +16,7 @@ outputs/janus-dola: | .venv-serve/installed
 
 # The page, on the demo.
 web: .venv-web/installed
-	.venv-web/bin/janus-dola web open=true
+	.venv-web/bin/janus-dola web bucket_id=0 open=true
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2

@@ -40,8 +40,8 @@ EMPTY: dict[str, Any] = {"text": "", "files": []}
 WAITING = 32  # questions that may wait for their turn
 PICTURES = 5  # of text to image, as on the published page
 ERRORS = (ValueError, RuntimeError, MemoryError, OSError)  # what a user, or the size of the machine, may cause
-# The demo's examples; in the last two, DoLa changes the answer.
-EXAMPLES = {DEMO_IMAGE.name: DEMO_QUESTION, "two.png": "What do you see?", "habit.png": DEMO_QUESTION}
+# The demo's examples; in the last one DoLa with the lower layers changes the answer.
+EXAMPLES = {DEMO_IMAGE.name: DEMO_QUESTION, "two.png": "What do you see?", "habit.png": "Describe the picture."}
 
 
 @dataclass

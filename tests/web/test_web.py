@@ -181,7 +181,8 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
 
 def test_an_example_and_a_conversation_that_goes_on(url: str, open_page: Any, capsys: Any) -> None:
     page = open_page(url, color_scheme="dark")
-    page.get_by_text("What do you see?").click()
+    page.get_by_text("lower: 2, 4, 6, 8, 10").click()
+    page.get_by_text("Describe the picture.").click()
     page.wait_for_function("() => document.querySelector('#question textarea').value")
     ask(page, page.input_value("#question textarea"))
     first = shown(page)
