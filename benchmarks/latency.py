@@ -293,7 +293,12 @@ def arithmetic(model: Any, setting: Setting) -> tuple[float, float]:
         .to(model.dtype)
     )
     config = DoLaConfig(candidate_layers=list(range(1, J + 1)))
-    processor = DoLaLogitsProcessor(lambda: (logits[:, :-1], logits[:, -1]), by_row([config] * rows, J + 1), -math.inf)
+    processor = DoLaLogitsProcessor(
+        lambda: (logits[:, :-1], logits[:, -1]),
+        by_row([config] * rows, J + 1),
+        -math.inf,
+        backend=lambda: compile_config(model).backend if setting.compiled else None,
+    )
     tokens, scores = torch.zeros(rows, 1, dtype=torch.long, device=model.device), logits[:, -1].float()
     seconds, faults = [], []
     for _ in range(30):

@@ -142,7 +142,7 @@ class ExitView:
         logits, self._logits = self._logits, None
         return logits[:, : len(self._layers)], logits[:, -1]
 
-    def backend(self) -> str | None:
+    def backend(self) -> str | Callable[..., Any] | None:
         """The compiler by which `generate` has compiled the view's forward pass; None if it has not."""
         return self.model._last_compile_config.backend if "_compiled_call" in vars(self.model) else None
 

@@ -35,7 +35,7 @@ def formulas(
 
 
 @functools.cache
-def compiled_formulas(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def compiled_formulas(backend: str | Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`formulas`, for calls whose forward pass is compiled: on a GPU 19 kernels in place of 40.
 
     Never with CUDA graphs, whatever the mode of the forward pass: scores may be kept from step to step. Nor with
@@ -66,7 +66,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         outside: float,
         trace: Any = None,
         beams: bool = False,
-        backend: Callable[[], str | None] = lambda: None,
+        backend: Callable[[], str | Callable[..., Any] | None] = lambda: None,
     ) -> None:
         self.logits, self.outside, self.trace, self.beams, self.backend = logits, outside, trace, beams, backend
         _, self.candidates, self.strength, methods = rows
