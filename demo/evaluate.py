@@ -114,10 +114,9 @@ class Answers:
         habit: bool = False,
         repetition_penalty: float = 1.0,
     ) -> None:
-        asked = enumerate(examples(split, SEED, questions * len(KINDS), habit))
-        numbered = [(i, pair) for i, pair in asked if pair.question.kind.split("/")[0] in kinds]
-        self.pairs: list[Example] = [pair for _, pair in numbered]
-        pictures = [(drawn(scene, i), question.text) for i, (scene, question) in numbered]
+        asked = numbered(split, questions, kinds, habit)
+        self.pairs: list[Example] = [pair for _, pair in asked]
+        pictures = [(drawn(scene, i), question.text) for i, (scene, question) in asked]
         lengths = [len(question.answer.split()) for _, question in self.pairs]
         rows = answers(model, processor, pictures, list(configs.values()), lengths, repetition_penalty)
         self.texts = {name: [row[i] for row in rows] for i, name in enumerate(configs)}
@@ -175,6 +174,12 @@ class Answers:
 SAID = re.compile(rf"In the ({'|'.join(PLACES)}) is an? ((?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))\.")
 
 
+def numbered(split: Split, questions: int, kinds: Sequence[str], habit: bool = False) -> list[tuple[int, Example]]:
+    """`questions` examples of each of some kinds, with their numbers among those of all kinds, which `drawn` takes."""
+    asked = enumerate(examples(split, SEED, questions * len(KINDS), habit))
+    return [(i, pair) for i, pair in asked if pair.question.kind.split("/")[0] in kinds]
+
+
 def drawn(scene: Scene, index: int) -> Image:
     return fogged(scene, 192, random.Random(f"fog/{index}"))
 
@@ -188,13 +193,12 @@ def layers_say(model: Any, processor: VLChatProcessor, count: int) -> list[tuple
     """
     lessons = Lessons(processor)
     words = processor.tokenizer
-    asked = enumerate(examples("test", SEED, count * len(KINDS)))
-    numbered = [(i, pair) for i, pair in asked if pair.question.kind == "describe"]
+    asked = numbered("test", count, ["describe"])
     N = len(model.language_model.model.layers)
     rows = []
-    for start in range(0, len(numbered), 50):
-        part = [pair for _, pair in numbered[start : start + 50]]
-        pictures = [drawn(scene, i) for i, (scene, _) in numbered[start : start + 50]]
+    for start in range(0, len(asked), 50):
+        part = [pair for _, pair in asked[start : start + 50]]
+        pictures = [drawn(scene, i) for i, (scene, _) in asked[start : start + 50]]
         batch = lessons.batch([(scene, [question]) for scene, question in part], pictures)
         q = answer_logits(model, batch, exits=range(1, N)).softmax(-1).roll(-1, 0)  # [N, A, V], the last layer last
         labels = batch.labels[batch.labels != -100].tolist()
