@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.latency import DEMO, SHAPES, at_least, build, device_of, in_words, machine, quartiles
-from demo.evaluate import SEED, Evaluation
+from demo.evaluate import SEED
 from demo.scenes import examples
 from janus.models.projector import MlpProjector
 from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.programs.answer import answer_many
 from janus_dola.programs.checkpoint import load
+from janus_dola.programs.engine import Outcome, Task, answer_many
 from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
 from janus_dola.programs.prompts import Prompt, build_conversation, prompt_length
 
@@ -96,8 +96,8 @@ def answer(
     options: Options,
     batch: int,
     asked: list[DoLaConfig],
-) -> tuple[list[dict[str, Any]], float]:
-    """The engine's lines, and answers a minute.
+) -> tuple[list[Outcome], float]:
+    """What the engine gives for each prompt, the longest first, and answers a minute.
 
     Raises:
         RuntimeError: A question was not answered.
@@ -105,13 +105,12 @@ def answer(
     generation: dict[str, Any] = {"max_new_tokens": options.tokens, "do_sample": False}
     if options.shape != "demo":
         generation["eos_token_id"] = None
-    config = Evaluation(generation=generation, batch_size=batch, compared=asked)
     start = time.perf_counter()
-    lines = list(answer_many(model, processor, prompts, config))
+    outcomes = [outcome for _, outcome in answer_many(model, processor, prompts, Task(asked), generation, batch)]
     minutes = (time.perf_counter() - start) / 60
-    if problems := [line["error"] for line in lines if "error" in line]:
+    if problems := [outcome.error for outcome in outcomes if outcome.error is not None]:
         raise RuntimeError(f"batch {batch}, {len(asked)} configurations: {problems[0]}")
-    return lines, sum(len(line["texts"]) for line in lines) / minutes
+    return outcomes, sum(len(outcome.answers) for outcome in outcomes) / minutes
 
 
 def run(argv: Sequence[str]) -> None:

@@ -23,8 +23,9 @@ from transformers.utils import logging
 from benchmarks.latency import machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.dola_runtime import candidates_in_bucket
-from janus_dola.programs.calibrate import BASELINE, interval
-from janus_dola.programs.options import first_line, read_config, run_program
+from janus_dola.programs.errors import first_line
+from janus_dola.programs.measures import BASELINE, interval
+from janus_dola.programs.options import read_config, run_program
 from janus_dola.programs.prompts import encode_continuations, fingerprint
 from janus_dola.programs.results import Results
 
@@ -189,7 +190,7 @@ def ask(
     }
 
 
-def summarise(results: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+def summarize(results: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
     """Means over the questions with bootstrap 95 % intervals, and the same of the differences from DoLa off."""
     table: dict[str, dict[str, Any]] = {}
     baseline = np.array([result[BASELINE] for result in results])  # [questions, measures]
@@ -249,7 +250,7 @@ def run(argv: Sequence[str]) -> None:
         "command": " ".join(["python -m benchmarks.truthfulqa", *argv]),
         "machine": machine(torch.device("cpu")),
         "questions": len(questions),
-        "table": summarise([results.lines[number]["results"] for number in range(1, len(questions) + 1)]),
+        "table": summarize([results.lines[number]["results"] for number in range(1, len(questions) + 1)]),
     }
     out.with_name(out.name + ".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     out.with_name(out.name + ".md").write_text(markdown(document), encoding="utf-8")

@@ -16,11 +16,11 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ from demo.scenes import COLOURS, KINDS, PLACES, SHAPES, Example, Scene, Split, T
 from demo.train import Lessons, answer_logits, conversation
 from janus.models import VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.programs.answer import answer_many
-from janus_dola.programs.calibrate import RESAMPLES, interval
 from janus_dola.programs.checkpoint import load
+from janus_dola.programs.engine import Task, answer_many
+from janus_dola.programs.measures import RESAMPLES, interval, yes_or_no
 from janus_dola.programs.options import ModelConfig
-from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
+from janus_dola.programs.prompts import Prompt
 
 OFF = "off"
 DOLA = {
@@ -46,19 +46,6 @@ CONFIGS = {OFF: DoLaConfig(use_dola_lm=False)} | DOLA
 ROWS = 96  # of a batch
 SEED = 77
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-
-@dataclass
-class Evaluation(ManyConfig):
-    """A run of the programs' engine that asks each question under several configurations and keeps the texts."""
-
-    compared: list[DoLaConfig] = field(default_factory=list)
-
-    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
-        return self.compared
-
-    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
-        return {"texts": [answer["text"] for answer in outcome.answers]}
 
 
 def answers(
@@ -81,20 +68,25 @@ def answers(
 
     Returns:
         For each question the texts, one per configuration.
+
+    Raises:
+        RuntimeError: A question was not answered, as where memory does not suffice for it alone.
     """
-    config = Evaluation(
-        compared=list(configs),
-        batch_size=max(1, ROWS // len(configs)),
-        generation={"max_new_tokens": 64, "do_sample": False, "repetition_penalty": repetition_penalty},
-    )
+    generation = {"max_new_tokens": 64, "do_sample": False, "repetition_penalty": repetition_penalty}
+    batch_size = max(1, ROWS // len(configs))
     prompts = [
         Prompt(i, conversation(question, [image]), configs[0], 0 if lengths is None else lengths[i])
         for i, (image, question) in enumerate(asked)
     ]
-    texts = {line["id"]: line["texts"] for line in answer_many(wrapper, processor, prompts, config)}
+    texts: dict[str | int, list[str]] = {}
+    for prompt, outcome in answer_many(wrapper, processor, prompts, Task(configs), generation, batch_size):
+        if outcome.error is not None:
+            raise RuntimeError(f"question {prompt.id} was not answered: {outcome.error}")
+        texts[prompt.id] = [answer.text for answer in outcome.answers]
     return [texts[i] for i in range(len(asked))]
 
 
+@dataclass
 class Answers:
     """What was answered to questions about scenes of a set, of some kinds.
 
@@ -103,8 +95,12 @@ class Answers:
         texts: Name of a configuration -> n answers.
     """
 
-    def __init__(
-        self,
+    pairs: list[Example]
+    texts: dict[str, list[str]]
+
+    @classmethod
+    def ask(
+        cls,
         model: DoLaJanusWrapper,
         processor: VLChatProcessor,
         split: Split,
@@ -113,13 +109,14 @@ class Answers:
         kinds: Sequence[str] = KINDS,
         habit: bool = False,
         repetition_penalty: float = 1.0,
-    ) -> None:
+    ) -> Self:
+        """Asks `questions` questions of each kind under each configuration."""
         asked = numbered(split, questions, kinds, habit)
-        self.pairs: list[Example] = [pair for _, pair in asked]
+        pairs = [pair for _, pair in asked]
         pictures = [(drawn(scene, i), question.text) for i, (scene, question) in asked]
-        lengths = [len(question.answer.split()) for _, question in self.pairs]
+        lengths = [len(question.answer.split()) for _, question in pairs]
         rows = answers(model, processor, pictures, list(configs.values()), lengths, repetition_penalty)
-        self.texts = {name: [row[i] for row in rows] for i, name in enumerate(configs)}
+        return cls(pairs, {name: [row[i] for row in rows] for i, name in enumerate(configs)})
 
     def of(self, kind: str) -> list[int]:
         """Places of the questions of a kind, "all", or a sort of presence question."""
@@ -265,7 +262,7 @@ def descriptions(found: Answers, names: Sequence[str], best: Sequence[str] = ())
 def tables(model_path: str, questions: int, validation_questions: int, dola: bool) -> str:
     """The tables of the model card."""
     wrapper, processor = load(ModelConfig(model_path=model_path, device="cpu", dtype="float32"))
-    asked = partial(Answers, wrapper, processor)
+    asked = partial(Answers.ask, wrapper, processor)
     configs = CONFIGS if dola else {OFF: CONFIGS[OFF]}
     others, best = [name for name in configs if name != OFF], []
     lines = [
@@ -372,7 +369,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         if (value := getattr(options, name)) < 3:
             parser.error(f"argument --{name}: must be at least 3, so that each sort is asked, got {value}")
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(f"argument --model: {options.model} is no checkpoint folder; make one with python -m demo.train")
+        parser.error(f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train")
     text = tables(options.model, options.questions, options.validation, not options.no_dola)
     print(text)
     if options.write_card:

@@ -16,8 +16,10 @@ from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import checkpoint
+from janus_dola.programs.engine import Task, answer_many
 from janus_dola.programs.prompts import Prompt, read_prompts
 from janus_dola.programs.results import Results
+from janus_dola.programs.runs import lines_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,12 +61,13 @@ def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
         compare, dola = more.pop("compare", False), more.pop("dola", DoLaConfig())
         path = write(tmp_path / "prompts.jsonl", lines)
         generation = {"max_new_tokens": 12, "do_sample": False} | more
-        run = vars(dola) | {"batch_size": batch_size, "seed": seed, "compare": compare, "generation": generation}
-        config, wrapper = answer_program.AnswerConfig(**run), DoLaJanusWrapper(model, dola)
+        config = answer_program.AnswerConfig(**vars(dola), generation=generation)
+        task, wrapper = answer_program.Compare() if compare else Task(), DoLaJanusWrapper(model, dola)
         prompts, errors = read_prompts(config, path, processor, model.config)
         with Results(tmp_path / name, {}) as results:
             results.write(errors)
-            results.write(answer_program.answer_many(wrapper, processor, prompts, config))
+            answered = answer_many(wrapper, processor, prompts, task, generation, batch_size, seed)
+            results.write(lines_of(task, answered))
         assert wrapper.config == dola
         return read(tmp_path / name)
 
@@ -398,7 +401,7 @@ def test_batches_start_with_the_longest_and_mix_configurations(
     lines = [TEXT | {"id": 0}, WIDE | {"id": 1}, TEXT | {"id": 2, "alpha": 0.5}, TALL | {"id": 3, "use_dola_lm": False}]
     path = write(tmp_path / "prompts.jsonl", lines)
     generation = {"max_new_tokens": 3, "do_sample": False}
-    config = answer_program.AnswerConfig(batch_size=3, compare=True, generation=generation)
+    config, task = answer_program.AnswerConfig(generation=generation), answer_program.Compare()
     prompts, errors = read_prompts(config, path, processor, model.config)
     assert errors == [] and all(isinstance(prompt, Prompt) for prompt in prompts)
     for prompt, line in zip(prompts, lines, strict=True):
@@ -408,7 +411,8 @@ def test_batches_start_with_the_longest_and_mix_configurations(
     handle = model.vision_model.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
     try:
         with Results(tmp_path / "out.jsonl", {}) as results:
-            results.write(answer_program.answer_many(DoLaJanusWrapper(model), processor, prompts, config))
+            answered = answer_many(DoLaJanusWrapper(model), processor, prompts, task, generation, 3)
+            results.write(lines_of(task, answered))
     finally:
         handle.remove()
     assert list(read(tmp_path / "out.jsonl")) == [3, 1, 0, 2]

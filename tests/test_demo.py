@@ -40,7 +40,7 @@ from demo.train import EOS, Lessons, Recipe, answer_logits, conversation, new_mo
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_image
 from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.programs.calibrate import pope_measures
+from janus_dola.programs.measures import pope_measures
 
 DEMO = Path(demo_images.__file__).parent
 CHECKPOINT = DEMO / "checkpoint"
@@ -215,7 +215,6 @@ def test_text_alone_reaches_all_exits() -> None:
 
 def test_what_is_counted_of_answers() -> None:
     """Of answers written down: two things right, one a companion that is not there, one made up freely."""
-    found = Answers.__new__(Answers)
     scene = next(scene for i in range(1000) if len((scene := sample_scene("test", 0, i)).items) == 3)
     first = scene.items[0].thing
     absent = companion(first)
@@ -229,8 +228,9 @@ def test_what_is_counted_of_answers() -> None:
     asked = [
         Question(f"presence/{sort}", "", f"{yes}, there") for sort, yes in (("present", "Yes"), ("random-absent", "No"))
     ]
-    found.pairs = [Example(scene, q) for q in (question, *asked)]
-    found.texts = {"off": [said, "Yes, there", "Yes, there"], "exact": [q.answer for _, q in found.pairs]}
+    pairs = [Example(scene, q) for q in (question, *asked)]
+    texts = {"off": [said, "Yes, there", "Yes, there"], "exact": [q.answer for _, q in pairs]}
+    found = Answers(pairs, texts)
     counts = {"things": 3, "said": 3, "right": 1, "hallucinated": 2, "companions": 1, "habit": 1}
     assert {key: value.tolist() for key, value in found.described("off").items()} == {k: [v] for k, v in counts.items()}
     assert found.described("exact")["right"].tolist() == [3]

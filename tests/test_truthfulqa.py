@@ -10,7 +10,7 @@ import torch
 from conftest import CHECKPOINT
 
 from benchmarks import truthfulqa
-from janus_dola.programs.calibrate import BASELINE
+from janus_dola.programs.measures import BASELINE
 
 HEADER = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
 ROWS = [

@@ -8,23 +8,22 @@ config, unless it is not distinguishable from DoLa off, which is then the winner
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
 from janus_dola.config import METHODS, DoLaConfig
-from janus_dola.programs.answer import answer_file
-from janus_dola.programs.options import read_config
-from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
+from janus_dola.programs.engine import Outcome, Task
+from janus_dola.programs.measures import BASELINE, is_right, summarize, yes_or_no
+from janus_dola.programs.options import ManyConfig, read_config
+from janus_dola.programs.prompts import Prompt
+from janus_dola.programs.runs import RUN_KEYS, answer_file
 
-BASELINE = "off"
 OUTPUT = "outputs/calibrated.yaml"
-RESAMPLES = 2000
 
 
 @dataclass
@@ -49,9 +48,6 @@ class CalibrateConfig(ManyConfig):
     strict: bool = False
     two_fold: bool = False
 
-    SCORED: ClassVar = True
-    SETTINGS: ClassVar = (*ManyConfig.SETTINGS, "methods", "alphas")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
@@ -74,72 +70,35 @@ class CalibrateConfig(ManyConfig):
                 named[f"{method}, bucket {bucket_id}"] = DoLaConfig(method=method, bucket_id=bucket_id)
         return named
 
-    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
-        return list(self.configurations().values())
+
+class Judge(Task):
+    """Every configuration answers every question, and scores its choices or its right answer.
+
+    Args:
+        named: The configurations, by name.
+    """
+
+    scored = True
+
+    def __init__(self, named: Mapping[str, DoLaConfig]) -> None:
+        super().__init__(named.values())
+        self.names = list(named)
 
     def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
         """Name of the configuration -> "correct", and "text", "said", "scores" or "logprob" where the form has them."""
         results: dict[str, dict[str, Any]] = {}
-        for i, name in enumerate(self.configurations()):
+        for i, name in enumerate(self.names):
             if prompt.form == "choices":
                 scores = outcome.logprobs[i]
                 results[name] = {"correct": scores.index(max(scores)) == prompt.answer, "scores": scores}
                 continue
-            text = outcome.answers[i]["text"]
-            results[name] = {"correct": prompt.is_right(text), "text": text}
+            text = outcome.answers[i].text
+            results[name] = {"correct": is_right(prompt, text), "text": text}
             results[name] |= {"said": yes_or_no(text)} if prompt.form == "pope" else {"logprob": outcome.logprobs[i][0]}
         return {"results": results}
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Bootstrap 95 % interval of the mean of `values` [n]."""
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    return [float(x) for x in np.quantile(values[draws].mean(1), [0.025, 0.975])]
-
-
-def pope_measures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and the share of "yes", as POPE reports them (arXiv 2305.10355)."""
-    yes, true = np.array(said) == "yes", np.array(truth) == "yes"
-    hits = (yes & true).sum()
-    return {
-        "accuracy": float((yes == true).mean()),
-        "precision": float(hits / max(yes.sum(), 1)),
-        "recall": float(hits / max(true.sum(), 1)),
-        "f1": float(2 * hits / max(yes.sum() + true.sum(), 1)),
-        "yes_ratio": float(yes.mean()),
-    }
-
-
-def summarise(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The table: for each configuration its accuracy, the difference from the baseline, and what changed.
-
-    Args:
-        prompts: The questions.
-        results: Of each, name of the configuration -> {"correct"}, and "said" or "logprob" where the form has them.
-    """
-    baseline = np.array([result[BASELINE]["correct"] for result in results], dtype=float)
-    pope = [i for i, prompt in enumerate(prompts) if prompt.form == "pope"]
-    table: dict[str, dict[str, Any]] = {}
-    for name in results[0]:
-        correct = np.array([result[name]["correct"] for result in results], dtype=float)
-        logprobs = [result[name]["logprob"] for result in results if "logprob" in result[name]]
-        table[name] = {
-            "questions": len(correct),
-            "accuracy": float(correct.mean()),
-            "interval": interval(correct),
-            "difference": float((correct - baseline).mean()),
-            "difference_interval": interval(correct - baseline),
-            "gained": int(((correct == 1) & (baseline == 0)).sum()),
-            "lost": int(((correct == 0) & (baseline == 1)).sum()),
-            "logprob": float(np.mean(logprobs)) if logprobs else None,
-        }
-        if pope:
-            said, truth = [results[i][name]["said"] for i in pope], [prompts[i].answer for i in pope]
-            table[name]["pope"] = pope_measures(said, truth)
-    return table
-
-
-def choose(table: dict[str, dict[str, Any]]) -> tuple[str, str]:
+def choose_winner(table: dict[str, dict[str, Any]]) -> tuple[str, str]:
     """The winner, and why: the best, unless its difference from the baseline is within noise."""
     best = max(table, key=lambda name: table[name]["accuracy"])  # the first of equals: the baseline, if it is one
     if best == BASELINE:
@@ -155,7 +114,7 @@ def two_fold(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> di
     """Chooses on one half (even or odd lines), reports on the other, both ways."""
     folds, correct = [], 0
     for chosen_on, reported_on in ((0, 1), (1, 0)):
-        winner, _ = choose(summarise(prompts[chosen_on::2], results[chosen_on::2]))
+        winner, _ = choose_winner(summarize(prompts[chosen_on::2], results[chosen_on::2]))
         held_out = [bool(result[winner]["correct"]) for result in results[reported_on::2]]
         correct += sum(held_out)
         folds.append({"winner": winner, "accuracy": sum(held_out) / len(held_out)})
@@ -180,7 +139,8 @@ def render(table: dict[str, dict[str, Any]]) -> str:
 def run(argv: Sequence[str]) -> None:
     config = read_config(CalibrateConfig, argv)
     output = Path(config.output or OUTPUT)
-    good, lines = answer_file(config, "data", output.with_suffix(".results.jsonl"), config.strict)
+    named, saved = config.configurations(), output.with_suffix(".results.jsonl")
+    good, lines = answer_file(config, Judge(named), (*RUN_KEYS, "methods", "alphas"), "data", saved, config.strict)
     prompts = [prompt for prompt in good if "results" in lines[prompt.id]]
     found = [lines[prompt.id]["results"] for prompt in prompts]
     bad_lines = [f"{line['id']}: {line['error']}" for line in lines.values() if "error" in line]
@@ -189,8 +149,8 @@ def run(argv: Sequence[str]) -> None:
     if not found:
         raise ValueError(f"data must hold at least one good line, got {len(bad_lines)} bad ones in {config.data!r}")
 
-    table = summarise(prompts, found)
-    winner, reason = choose(table)
+    table = summarize(prompts, found)
+    winner, reason = choose_winner(table)
     report: dict[str, Any] = {"table": table, "winner": winner, "reason": reason, "bad_lines": bad_lines}
     print(render(table))
     print(f"\n{reason}")
@@ -201,7 +161,7 @@ def run(argv: Sequence[str]) -> None:
         chosen = " and ".join(fold["winner"] for fold in folds["folds"])
         print(f"two-fold: {folds['accuracy']:.3f} with the configuration chosen on the other half ({chosen})")
     output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(config.configurations()[winner])
+    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(named[winner])
     about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
     output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")

@@ -17,10 +17,10 @@ from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProce
 from janus.models.processing_vlm import load_tokenizer
 from janus.models.siglip_vit import tower_sizes
 from janus.utils.io import default_device
-from janus_dola.programs.options import ModelConfig, as_list, first_line
+from janus_dola.programs.errors import first_line
+from janus_dola.programs.generation import check_token_ids
+from janus_dola.programs.options import ModelConfig
 from janus_dola.wrapper import DoLaJanusWrapper
-
-TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 
 
 def pick_device(device: str, dtype: str, stored: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
@@ -111,13 +111,7 @@ def load_processor(config: ModelConfig, model_config: Any) -> Any:
     """
     text, path = model_config.get_text_config(), config.model_path
     config.resolve_layers(text.num_hidden_layers)
-    for key in TOKEN_IDS:  # transformers would find out in the last step, or when the first row ends
-        for token in as_list(value := config.generation.get(key)):
-            if token is not None and (not isinstance(token, int) or not 0 <= token < text.vocab_size):
-                raise ValueError(
-                    f"generation.{key} must be a token id or a list of them, below {text.vocab_size}, the model's "
-                    f"vocabulary, got {value!r}"
-                )
+    check_token_ids(config.generation, text.vocab_size)
     with loading(path):
         if model_config.model_type == "multi_modality":
             processor = VLChatProcessor.from_pretrained(path)

@@ -14,15 +14,14 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
-from transformers import GenerationConfig
 
 from janus.utils.io import load_pil_images
 from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import answer_many, generate_arguments
+from janus_dola.programs.engine import Task, answer_many, generate_arguments
+from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
 from janus_dola.programs.options import ModelConfig, as_list, read_config
 from janus_dola.programs.prompts import (
     IMAGE_TAG,
-    ManyConfig,
     Prompt,
     build_conversation,
     encode_continuations,
@@ -68,19 +67,19 @@ class JanusDoLa(lmms):
         seen: Counter[str] = Counter()
         for group in groups.values():
             given = requests[group[0]].args[1]
-            config = ManyConfig(
-                **{**vars(self.options), "generation": self.arguments(given), "batch_size": self.batch_size}
-            )
-            config.check_batch()
+            generation = self.arguments(given)
+            check_generation(generation)
+            refuse(generation, BATCH, "left off in a batch run")
             until = as_list(given.get("until") or [])
             for start in range(0, len(group), WINDOW * self.batch_size):
                 window = group[start : start + WINDOW * self.batch_size]
                 prompts = {prompt.id: (i, prompt) for i in window for prompt in [self.prompt(requests[i], seen)]}
                 waiting = [prompt for _, prompt in prompts.values()]
-                for line in answer_many(self.model, self.processor, waiting, config):
-                    if "error" in line:
-                        raise ValueError(f"{line['id']}: {line['error']}")
-                    answers[prompts[line["id"]][0]] = cut(line["text"], until)
+                how = (generation, self.batch_size, self.options.seed)
+                for prompt, outcome in answer_many(self.model, self.processor, waiting, Task(), *how):
+                    if outcome.error is not None:
+                        raise ValueError(f"{prompt.id}: {outcome.error}")
+                    answers[prompts[prompt.id][0]] = cut(outcome.answers[0].text, until)
         return answers
 
     def prompt(self, request: Any, seen: Counter[str]) -> Prompt:
@@ -98,8 +97,7 @@ class JanusDoLa(lmms):
         As in lmms-eval's own models, a temperature of 0 means greedy search, and another one sampling, unless
         `do_sample` says something else.
         """
-        names = vars(GenerationConfig())
-        arguments = self.options.generation | {k: v for k, v in given.items() if k in names and v is not None}
+        arguments = self.options.generation | {k: v for k, v in given.items() if k in NAMES and v is not None}
         sample = given.get("do_sample", "temperature" in given or arguments.get("do_sample"))
         arguments["do_sample"] = bool(sample and arguments.get("temperature", 1))
         if not arguments["do_sample"]:

@@ -1,13 +1,12 @@
 """The arguments of a program: `key=value` over files of defaults, `--help`, and one-line errors."""
 
-import difflib
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from os import PathLike
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from janus_dola.config import DoLaConfig
+from janus_dola.programs.errors import first_line, read_bytes, unknown_key
+from janus_dola.programs.generation import BATCH, check_generation, refuse
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,7 +37,7 @@ class ModelConfig(DoLaConfig):
         roles: The names of user and assistant in the prompt.
         device: `auto`, or a PyTorch device.
         dtype: One of `DTYPES`; auto is what `pick_dtype` says.
-        seed: Of all sampling.
+        seed: Seed for sampling.
         generation: Arguments of transformers' `generate`.
     """
 
@@ -59,6 +60,38 @@ class ModelConfig(DoLaConfig):
 
     def dola(self) -> DoLaConfig:
         return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
+
+
+@dataclass
+class ManyConfig(ModelConfig):
+    """The keys of programs that answer many prompts.
+
+    Attributes:
+        image_root: Folder of the images of lines in POPE's form.
+        batch_size: Prompts answered together; halved when memory runs out.
+        workers: Processes that answer, on Ray; 0 is this process alone.
+    """
+
+    image_root: str = "."
+    batch_size: int = 8
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
+            raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
+
+    def check_batch(self) -> None:
+        """Refuses what cannot be in a batch run; nothing needs to be loaded for it.
+
+        Raises:
+            ValueError: `batch_size` or an argument of `generate` is out of its range.
+        """
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        refuse(self.generation, BATCH, "left off in a batch run")
 
 
 def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEFAULT) -> T:
@@ -130,14 +163,6 @@ def refuse_interpolations(values: Mapping[Any, Any], prefix: str = "") -> None:
             raise ValueError(f"{prefix}{key} must not use an interpolation, got {value!r}")
 
 
-def read_bytes(path: str | PathLike[str], key: str) -> bytes:
-    """The contents of the file that `key` names."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{key} must name a file that can be read, got {str(path)!r}: {error.strerror}") from error
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file of keys. A `model_path` that is a folder is relative to the file, not to where the program runs.
 
@@ -166,16 +191,6 @@ def usage(schema: type, default: Path | None) -> str:
     return "\n".join([inspect.getdoc(sys.modules[schema.__module__]) or "", "", keys, inspect.getdoc(schema) or ""])
 
 
-def unknown_key(key: str, names: Sequence[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {prefix + near[0]!r}?" if near else f"allowed are {', '.join(names)}"
-    return f"unknown key {prefix + key!r}, {hint}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a program: an error of the user's is one line on stderr and exit code 2."""
     warnings.filterwarnings("ignore", "logits are NaN", RuntimeWarning)  # the program's own line says so
@@ -191,27 +206,3 @@ def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
 
 def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def check_generation(generation: Mapping[str, Any]) -> None:
-    """Refuses what `generate` does not take.
-
-    Raises:
-        ValueError: A key is unknown, or its value is of another type or out of range.
-    """
-    from transformers import GenerationConfig
-
-    names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    if unknown := [key for key in generation if key not in names]:
-        raise ValueError(unknown_key(unknown[0], names, "generation."))
-    if generation.get("return_dict_in_generate"):
-        raise ValueError("generation.return_dict_in_generate must be left off: the answers alone are printed")
-    # transformers checks some of these too late, or divides by them.
-    for key in ("max_new_tokens", "num_beams", "num_return_sequences"):
-        value = generation.get(key, 1)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"generation.{key} must be an integer of at least 1, got {value!r}")
-    try:
-        GenerationConfig(**generation)
-    except TypeError as error:
-        raise ValueError(f"generation: {first_line(error)}, got {dict(generation)}") from error

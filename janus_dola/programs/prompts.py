@@ -3,21 +3,19 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from os import PathLike
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from janus_dola.call import UNSUPPORTED
 from janus_dola.config import DoLaConfig
-from janus_dola.programs.options import ModelConfig, first_line, merge, read_bytes, unknown_key
+from janus_dola.programs.errors import first_line, read_bytes, unknown_key
+from janus_dola.programs.options import ModelConfig, merge
 
 IMAGE_TAG = "<image_placeholder>"
 DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
@@ -25,14 +23,6 @@ DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
 FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
 KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS, "answer", "choices")
 POPE_KEYS = ("id", "question_id", "image", "text", "label", *DOLA_KEYS)
-# Arguments of `generate`, the values that leave them off, and why they cannot be in a batch run.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = UNSUPPORTED | {
-    "num_return_sequences": ((None, 1), "each prompt has one answer"),
-    "max_length": ((None,), "it counts the padding, max_new_tokens does not"),
-    "min_length": ((None, 0), "it counts the padding, min_new_tokens does not"),
-    "exponential_decay_length_penalty": ((None,), "it counts the padding"),
-    "max_time": ((None,), "it ends all answers of a batch at once"),
-}
 
 
 @dataclass
@@ -57,89 +47,15 @@ class Prompt:
     answer: Any = None
     choices: tuple[str, ...] = ()
 
-    def is_right(self, text: str) -> bool:
-        """Whether a text gives the answer."""
-        if self.form == "pope":
-            return yes_or_no(text) == self.answer
-        return normalise(text) == normalise(self.choices[self.answer] if self.choices else self.answer)
-
-
-@dataclass
-class Outcome:
-    """What became of a prompt.
-
-    Attributes:
-        error: Why there is no answer, or None.
-        answers: For each of the prompt's configurations {"text", "tokens", "layers"}: the answer, how many tokens it
-            took up to and with the end of sequence, and the layer M of each, None without DoLa.
-        logprobs: Mean log-probabilities of the tokens of each choice, or of the right answer, [configs, choices].
-    """
-
-    error: str | None = None
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
-
-
-@dataclass
-class ManyConfig(ModelConfig):
-    """The keys of programs that answer many prompts; each says under which configurations, and what it keeps.
-
-    Attributes:
-        image_root: Folder of the images of lines in POPE's form.
-        batch_size: Prompts answered together; halved when memory runs out.
-        workers: Processes that answer, on Ray; 0 is this process alone.
-    """
-
-    image_root: str = "."
-    batch_size: int = 8
-    workers: int = 0
-
-    SCORED: ClassVar[bool] = False  # each prompt must have an answer; choices are scored, and right answers as well
-    SETTINGS: ClassVar[tuple[str, ...]] = ("model_path", "roles", "generation", "seed", "image_root")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
-        if self.workers and not (find_spec("ray") and find_spec("pyarrow")):
-            raise ValueError("workers needs ray: pip install 'janus-dola[ray]'")
-
-    def check_batch(self) -> None:
-        """Refuses what cannot be in a batch run; nothing needs to be loaded for it.
-
-        Raises:
-            ValueError: `batch_size` or an argument of `generate` is out of its range.
-        """
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        for name, (off, reason) in REFUSED.items():
-            if (value := self.generation.get(name)) not in off:
-                raise ValueError(f"generation.{name} must be left off in a batch run, got {value!r}: {reason}")
-
-    def configs(self, prompt: Prompt) -> list[DoLaConfig]:
-        """The configurations to answer a prompt under."""
-        return [prompt.dola]
-
-    def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
-        """What a file of results keeps of an answered prompt, beside its id."""
-        text = outcome.answers[0]["text"]
-        return outcome.answers[0] | ({} if prompt.form is None else {"correct": prompt.is_right(text)})
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces, as SQuAD compares answers."""
-    text = re.sub(r"[^\w\s]", " ", text.lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def yes_or_no(text: str) -> str:
-    """What an answer to a POPE question says, as the benchmark reads it: "no" if it says no or not, else "yes"."""
-    words = re.sub(r"[.,]", " ", text.lower()).split()
-    return "no" if {"no", "not"} & set(words) else "yes"
-
 
 def read_prompts(
-    config: ManyConfig, path: str | PathLike[str], processor: Any, model_config: Any, key: str = "prompts"
+    config: ModelConfig,
+    path: str | PathLike[str],
+    processor: Any,
+    model_config: Any,
+    key: str = "prompts",
+    image_root: str = ".",
+    judged: bool = False,
 ) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """The lines of a file of prompts. No image is opened yet.
 
@@ -151,6 +67,8 @@ def read_prompts(
         processor: The checkpoint's.
         model_config: The checkpoint's; it limits layers and positions.
         key: What errors call the file.
+        image_root: Folder of the images of lines in POPE's form.
+        judged: Whether each line must have an answer.
 
     Returns:
         The good lines, and {"id", "error"} for each bad one.
@@ -174,8 +92,8 @@ def read_prompts(
             if (first := seen.setdefault(own, number)) != number:
                 raise ValueError(f"id must be of one line alone, got {own!r} on line {number} and on line {first}")
             name = own
-            form, *answer = _answer(given, config.image_root)
-            if form is None and config.SCORED:
+            form, *answer = _expected(given, image_root)
+            if form is None and judged:
                 raise ValueError("the line must have an answer, or a label")
             turns = build_conversation(
                 config.roles, given.get("question"), given.get("images") or [], given.get("conversation")
@@ -210,7 +128,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return given
 
 
-def _answer(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...]]:
+def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...]]:
     """Form, answer and choices of a line; a POPE line gets the keys of other lines."""
     form = next((form for form, keys in FORMS.items() if keys <= given.keys()), None)
     for key in given:

@@ -18,38 +18,42 @@ from tqdm import tqdm
 
 from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import answer_many
-from janus_dola.programs.prompts import ManyConfig, Prompt
+from janus_dola.programs.engine import Answer, Outcome, Task, answer_many
+from janus_dola.programs.options import ManyConfig
+from janus_dola.programs.prompts import Prompt
 from janus_dola.wrapper import DoLaJanusWrapper
 
 
 class Worker:
-    """An actor: answers a batch of prompts. The model is loaded for the first, so that what is wrong with it is said.
+    """An actor: answers a batch of prompts. The first batch loads the model, so that a load error reaches the driver.
 
     Args:
         config: The run's.
+        task: The run's.
         folder: Where the run was started; its relative paths are from there.
         threads: CPU threads to use.
     """
 
-    def __init__(self, config: ManyConfig, folder: str, threads: int) -> None:
-        self.config, self.folder, self.threads = config, folder, threads
+    def __init__(self, config: ManyConfig, task: Task, folder: str, threads: int) -> None:
+        self.config, self.task, self.folder, self.threads = config, task, folder, threads
         self.loaded: tuple[DoLaJanusWrapper, Any] | None = None
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         try:
-            return {"lines": json.dumps(list(self.answer(**json.loads(row["batch"])))), "error": ""}
+            answered = self.answer(**json.loads(row["batch"]))
+            return {"outcomes": json.dumps([(prompt.id, asdict(outcome)) for prompt, outcome in answered]), "error": ""}
         except (ValueError, OSError) as error:  # the user's, for the driver to raise: Ray would not keep its type
-            return {"lines": "[]", "error": str(error)}
+            return {"outcomes": "[]", "error": str(error)}
 
-    def answer(self, prompts: list[dict[str, Any]], done: list[str | int]) -> Iterator[dict[str, Any]]:
+    def answer(self, prompts: list[dict[str, Any]], done: list[str | int]) -> Iterator[tuple[Prompt, Outcome]]:
         if self.loaded is None:
             os.chdir(self.folder)
             torch.set_num_threads(self.threads)
             self.loaded = checkpoint.load(self.config)
         own = [{"dola": DoLaConfig(**prompt["dola"]), "choices": tuple(prompt["choices"])} for prompt in prompts]
         batch = [Prompt(**prompt | typed) for prompt, typed in zip(prompts, own, strict=True)]
-        return answer_many(*self.loaded, batch, self.config, done)
+        how = (self.config.generation, self.config.batch_size, self.config.seed)
+        return answer_many(*self.loaded, batch, self.task, *how, done)
 
 
 @contextmanager
@@ -67,15 +71,16 @@ def silent_stderr() -> Iterator[None]:
 
 
 def answer_with_workers(
-    config: ManyConfig, dtype: torch.dtype, prompts: Sequence[Prompt], done: Collection[str | int] = ()
-) -> Generator[dict[str, Any], None, None]:
-    """The lines of `answer_many` with `config.workers` actors, as they come, and with its progress bar.
+    config: ManyConfig, task: Task, dtype: torch.dtype, prompts: Sequence[Prompt], done: Collection[str | int] = ()
+) -> Generator[tuple[Prompt, Outcome], None, None]:
+    """What `answer_many` yields with `config.workers` actors, as they come, and with its progress bar.
 
     The cluster is that of RAY_ADDRESS, or one on this machine, which ends with the iterator.
 
     Args:
         config: The run's; checkpoint and images must have the same paths on all machines.
-        dtype: Of the weights, on all machines.
+        task: What to ask of each prompt.
+        dtype: The weights' dtype on all machines.
         prompts: As `read_prompts` gives them.
         done: Ids of prompts that need no answer; see `answer_many`.
     """
@@ -86,7 +91,7 @@ def answer_with_workers(
     rest, size = sorted(prompts, key=lambda prompt: -prompt.length), config.batch_size
     batches = [rest[i : i + size] for i in range(0, len(rest), size)]
     batches = [batch for batch in batches if any(prompt.id not in done for prompt in batch)]
-    rows = []
+    rows, by_id = [], {prompt.id: prompt for prompt in prompts}
     for batch in batches:
         given = {"prompts": [asdict(prompt) for prompt in batch], "done": [p.id for p in batch if p.id in done]}
         rows.append({"batch": json.dumps(given)})  # a string: lists of different lengths are no column
@@ -104,7 +109,7 @@ def answer_with_workers(
         threads = max(1, min(torch.get_num_threads(), int(cpus) // workers))
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             Worker,
-            fn_constructor_args=(replace(config, dtype=str(dtype).removeprefix("torch.")), os.getcwd(), threads),
+            fn_constructor_args=(replace(config, dtype=str(dtype).removeprefix("torch.")), task, os.getcwd(), threads),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             # Shares that all actors fit into, and one of the CPUs for Ray's own tasks.
             num_cpus=0 if gpus else 1 / math.ceil((workers + 1) / cpus),
@@ -115,9 +120,11 @@ def answer_with_workers(
             for row in answers.iter_rows():
                 if row["error"]:
                     raise ValueError(row["error"])
-                lines = json.loads(row["lines"])
-                yield from lines
-                progress.update(len(lines))
+                outcomes = json.loads(row["outcomes"])
+                for id_, outcome in outcomes:
+                    answers = [Answer(*answer) for answer in outcome["answers"]]
+                    yield by_id[id_], Outcome(outcome["error"], answers, outcome["logprobs"])
+                progress.update(len(outcomes))
     finally:
         if started:
             ray.shutdown()

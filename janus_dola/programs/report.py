@@ -21,11 +21,10 @@ from tqdm import tqdm
 
 from janus.utils.io import load_image
 from janus_dola.programs import checkpoint
-from janus_dola.programs.answer import AnswerConfig, check_report
-from janus_dola.programs.calibrate import BASELINE, interval, summarise
 from janus_dola.programs.differences import differences
-from janus_dola.programs.options import read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, fingerprint, read_prompts, yes_or_no
+from janus_dola.programs.measures import BASELINE, interval, is_right, summarize, yes_or_no
+from janus_dola.programs.options import ModelConfig, read_config
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, fingerprint, read_prompts
 from janus_dola.programs.results import read_results
 
 SIDE = 160  # pixels of a picture's longer side: 500 of noise, the worst to compress, are 10 MB
@@ -55,16 +54,22 @@ class ReportConfig:
         check_report(self.report)
 
 
+def check_report(path: str | None) -> None:
+    """Refuses what is not the name of a page, such as the file of prompts, before it is overwritten."""
+    if path is not None and not path.endswith(".html"):
+        raise ValueError(f"report must end in .html, got {path!r}")
+
+
 def run(argv: Sequence[str]) -> None:
     config = read_config(ReportConfig, argv, default=None)
     settings, _ = read_results(config.output)
     if settings.get("prompts") != fingerprint(config.prompts):
         raise ValueError(f"prompts must be the file that {config.output!r} answers, got {config.prompts!r}")
     own = {key: settings[key] for key in ("model_path", "roles", "generation", *DOLA_KEYS)}
-    model = AnswerConfig(**own, image_root=config.image_root)
+    model = ModelConfig(**own)
     model_config = checkpoint.load_config(model.model_path)
     processor = checkpoint.load_processor(model, model_config)
-    prompts, _ = read_prompts(model, config.prompts, processor, model_config)
+    prompts, _ = read_prompts(model, config.prompts, processor, model_config, image_root=config.image_root)
     write_report(config.report, config.output, prompts)
 
 
@@ -98,7 +103,7 @@ def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts
         waiting=len(prompts) - len(answered),
         answered=len(done),
         changed_interval=interval(changed) if done else None,
-        table=summarise([prompt for prompt, _ in judged], results) if judged else {},
+        table=summarize([prompt for prompt, _ in judged], results) if judged else {},
         baseline=BASELINE,
         layers=sorted({layer for _, line in done for layer in line["layers"] or ()}),
         rows=rows(answered, bad, settings),
@@ -113,8 +118,8 @@ def texts(line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def judge(prompt: Prompt, text: str) -> dict[str, Any]:
-    """What `summarise` takes of an answer."""
-    return {"correct": prompt.is_right(text), "said": yes_or_no(text)}
+    """What `summarize` takes of an answer."""
+    return {"correct": is_right(prompt, text), "said": yes_or_no(text)}
 
 
 def is_changed(line: Mapping[str, Any]) -> bool:
@@ -135,12 +140,13 @@ def rows(
         row["expected"] = prompt.choices[prompt.answer] if prompt.choices else prompt.answer
         if row["error"] is None:
             found = texts(line)
-            right = [prompt.is_right(text) if prompt.form else None for text in found.values()]
+            right = [is_right(prompt, text) if prompt.form else None for text in found.values()]
             parts = differences(*found.values()) if len(found) == 2 else [[(line["text"], False)]]
-            labels = ["DoLa off", "DoLa on" if prompt.dola.use_dola_lm else "DoLa off"][-len(found) :]
+            label = "DoLa on" if prompt.dola.use_dola_lm else "DoLa off"
+            labels = ["DoLa off", label] if len(found) == 2 else [label]
             row["answers"] = list(zip(labels, parts, right, strict=True))
-            row["kinds"] = ["changed"] * is_changed(line)
-            row["kinds"] += ["gained"] * (right == [False, True]) + ["lost"] * (right == [True, False])
+            kinds = {"changed": is_changed(line), "gained": right == [False, True], "lost": right == [True, False]}
+            row["kinds"] = [kind for kind, is_so in kinds.items() if is_so]
             row["layers"], row["chosen"] = line["layers"], sorted(Counter(line["layers"] or ()).items())
         else:
             row["kinds"] = ["error"]

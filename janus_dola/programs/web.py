@@ -29,7 +29,9 @@ from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.programs import checkpoint
 from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION, AnswerConfig
-from janus_dola.programs.options import ModelConfig, first_line, read_config
+from janus_dola.programs.errors import first_line
+from janus_dola.programs.generation import PAGE, refuse
+from janus_dola.programs.options import ModelConfig, read_config
 from janus_dola.programs.prompts import IMAGE_TAG, build_conversation, prompt_length
 from janus_dola.programs.side_by_side import Turns, answer_both
 from janus_dola.programs.token_view import token_view
@@ -58,11 +60,7 @@ class WebConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("num_beams", "num_return_sequences"):
-            if (value := self.generation.get(key)) not in (None, 1):
-                raise ValueError(
-                    f"generation.{key} must be 1 for a page that shows one answer as it comes, got {value!r}"
-                )
+        refuse(self.generation, PAGE, "1 on a page")
         if not find_spec("gradio"):
             raise ValueError("web needs gradio: pip install 'janus-dola[web]'")
 

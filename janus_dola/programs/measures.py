@@ -1,0 +1,79 @@
+"""Right or wrong, and how sure one may be of it: answers judged, compared with the baseline, with intervals."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from janus_dola.programs.prompts import Prompt
+
+BASELINE = "off"
+RESAMPLES = 2000
+
+
+def is_right(prompt: Prompt, text: str) -> bool:
+    """Whether a text gives the prompt's answer."""
+    if prompt.form == "pope":
+        return yes_or_no(text) == prompt.answer
+    return normalize(text) == normalize(prompt.choices[prompt.answer] if prompt.choices else prompt.answer)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation, articles and extra spaces, as SQuAD compares answers."""
+    text = re.sub(r"[^\w\s]", " ", text.lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def yes_or_no(text: str) -> str:
+    """What an answer to a POPE question says, as the benchmark reads it: "no" if it says no or not, else "yes"."""
+    words = re.sub(r"[.,]", " ", text.lower()).split()
+    return "no" if {"no", "not"} & set(words) else "yes"
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Bootstrap 95 % interval of the mean of `values` [n]."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return [float(x) for x in np.quantile(values[draws].mean(1), [0.025, 0.975])]
+
+
+def pope_measures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 of "yes", and the share of "yes", as POPE reports them (arXiv 2305.10355)."""
+    yes, true = np.array(said) == "yes", np.array(truth) == "yes"
+    hits = (yes & true).sum()
+    return {
+        "accuracy": float((yes == true).mean()),
+        "precision": float(hits / max(yes.sum(), 1)),
+        "recall": float(hits / max(true.sum(), 1)),
+        "f1": float(2 * hits / max(yes.sum() + true.sum(), 1)),
+        "yes_ratio": float(yes.mean()),
+    }
+
+
+def summarize(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The table: for each configuration its accuracy, the difference from the baseline, and what changed.
+
+    Args:
+        prompts: The questions.
+        results: Of each, name of the configuration -> {"correct"}, and "said" or "logprob" where the form has them.
+    """
+    baseline = np.array([result[BASELINE]["correct"] for result in results], dtype=float)
+    pope = [i for i, prompt in enumerate(prompts) if prompt.form == "pope"]
+    table: dict[str, dict[str, Any]] = {}
+    for name in results[0]:
+        correct = np.array([result[name]["correct"] for result in results], dtype=float)
+        logprobs = [result[name]["logprob"] for result in results if "logprob" in result[name]]
+        table[name] = {
+            "questions": len(correct),
+            "accuracy": float(correct.mean()),
+            "interval": interval(correct),
+            "difference": float((correct - baseline).mean()),
+            "difference_interval": interval(correct - baseline),
+            "gained": int(((correct == 1) & (baseline == 0)).sum()),
+            "lost": int(((correct == 0) & (baseline == 1)).sum()),
+            "logprob": float(np.mean(logprobs)) if logprobs else None,
+        }
+        if pope:
+            said, truth = [results[i][name]["said"] for i in pope], [prompts[i].answer for i in pope]
+            table[name]["pope"] = pope_measures(said, truth)
+    return table
