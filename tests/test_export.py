@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -442,7 +443,7 @@ def test_errors(fails: Fails, folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_killed_half_way_no_folder_looks_finished(tmp_path: Path) -> None:
-    """And the next run is not in the way of what is left."""
+    """And what is left is not in the way of the next run."""
     code = (
         "import os, signal, sys\nfrom janus_dola.programs import export\nsave = export.save_file\n"
         "def save_and_die(*args, **kwargs):\n    save(*args, **kwargs)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -451,10 +452,75 @@ def test_killed_half_way_no_folder_looks_finished(tmp_path: Path) -> None:
     keys = [f"out={tmp_path / 'demo'}", f"model_path={PUBLISHED['demo']}"]
     done = subprocess.run([sys.executable, "-c", code, *keys], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.partial"]
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("demo.") and left.suffix == ".partial"
     program.run(keys)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "demo"}
     assert (tmp_path / "demo" / "config.json").is_file()
+
+
+def test_nothing_of_the_users_is_deleted_or_written_through(tmp_path: Path) -> None:
+    """A folder of the user's by the name of the unfinished one was deleted, and a link of that name written through."""
+    (tmp_path / "own.partial").mkdir()
+    (tmp_path / "own.partial" / "thesis.txt").write_text("mine")
+    program.run([f"out={tmp_path / 'own'}"])
+    assert (tmp_path / "own.partial" / "thesis.txt").read_text() == "mine"
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "link").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="out must name a folder that does not exist yet"):
+        program.run([f"out={tmp_path / 'link'}"])
+    assert not elsewhere.exists() and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_of_two_exports_to_one_name_one_says_why_it_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+) -> None:
+    """Both wrote into one unfinished folder, and some of what they left was not whole."""
+    copy_tree = program.shutil.copytree
+
+    def other_run_first(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "demo").mkdir()
+        if not empty:
+            (tmp_path / "demo" / "first.txt").write_text("first")
+        return copy_tree(*args, **kwargs)
+
+    monkeypatch.setattr(program.shutil, "copytree", other_run_first)
+    with pytest.raises(ValueError, match=r"out must name a folder .* made during this run"):
+        program.run([f"out={tmp_path / 'demo'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert len(list((tmp_path / "demo").iterdir())) == (not empty)
+
+
+def test_no_code_of_a_strangers_comes_along(tmp_path: Path) -> None:
+    """The README loads the folder with trust_remote_code=True: what auto_map names would run."""
+    source = tmp_path / "published"
+    shutil.copytree(PUBLISHED["golden"], source)
+    trap = {"auto_map": {"AutoTokenizer": ["evil.py--evil.Evil", None], "AutoConfig": "evil.Evil"}, "evil": "code"}
+    for file in source.glob("*.json"):
+        values = json.loads(file.read_text())
+        if isinstance(values, dict) and file.name != "tokenizer.json":
+            for part in [values, *(part for part in values.values() if isinstance(part, dict))]:
+                if "cls" not in part and file.name != "special_tokens_map.json":
+                    part |= trap
+            file.write_text(json.dumps(values))
+    (source / "evil.py").write_text("raise SystemExit")
+    folder = export(source, tmp_path / "native")
+    for file in folder.glob("*.json"):
+        assert "auto_map" not in file.read_text() and "evil" not in file.read_text(), file
+    assert [file.name for file in folder.rglob("*.py")] == ["generate.py"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\nfrom janus_dola.programs import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\nmain()"
+    )
+    keys = ["export", f"out={tmp_path / 'demo'}", f"model_path={PUBLISHED['demo']}"]
+    done = subprocess.run([sys.executable, "-c", code, *keys], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: out: {str(tmp_path / 'demo')!r} was not written: " in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_file_with_other_programs_keys(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ DoLa alone:   janus-dola export out=dola    for any_model.generate(..., custom_g
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -22,6 +25,7 @@ from transformers import (
     JanusForConditionalGeneration,
     JanusVisionConfig,
     JanusVQVAEConfig,
+    LlamaConfig,
 )
 from transformers.modeling_utils import load_state_dict
 
@@ -29,10 +33,15 @@ from janus.models.siglip_vit import tower_sizes
 from janus.models.stored_sizes import check_sizes, stored_shapes, weight_files
 from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
-from janus_dola.programs.options import DEFAULT, ModelConfig, read_config, read_yaml
+from janus_dola.programs.options import DEFAULT, ModelConfig, first_line, read_config, read_yaml
 
 NATIVE = Path(__file__).parents[1] / "native"
 SHARD = 5 * 10**9  # bytes of a file of weights
+# What tokenizer_config.json keeps of a checkpoint's own. Not auto_map: trust_remote_code would run what it names.
+TOKENIZER_KEYS = (
+    "backend", "bos_token", "clean_up_tokenization_spaces", "eos_token", "legacy", "model_max_length",
+    "tokenizer_class", "unk_token",
+)  # fmt: skip
 # Published name -> native name, each a regular expression applied in turn.
 RENAMED = {
     r"^language_model\.lm_head": "lm_head",
@@ -78,7 +87,7 @@ class ExportConfig(DoLaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.out or Path(self.out).exists():
+        if not self.out or os.path.lexists(self.out):
             raise ValueError(f"out must name a folder that does not exist yet, got {self.out!r}")
 
 
@@ -87,15 +96,22 @@ def run(argv: Sequence[str]) -> None:
     if not config.model_path and any(not argument.startswith("out=") for argument in argv):
         raise ValueError("model_path must be given with other keys than out: without a model nothing keeps them")
     out = Path(config.out)
-    partial = out.with_name(f"{out.name}.partial")  # has the folder's name only once it is whole
-    shutil.rmtree(partial, ignore_errors=True)
+    # It has the folder's name only once it is whole, and until then one that no other run or file has.
+    partial = out.with_name(f"{out.name}.{token_hex(4)}.partial")
+    partial.mkdir(parents=True)
     try:
         shutil.copytree(NATIVE / "custom_generate", partial / "custom_generate", ignore=shutil.ignore_patterns("__*"))
         if config.model_path:
             write_model(ModelConfig(**{key: v for key, v in asdict(config).items() if key != "out"}), partial)
         else:
             shutil.copy(NATIVE / "README.md", partial)
+        if os.path.lexists(out):  # as rename would replace an empty folder
+            raise ValueError(
+                f"out must name a folder that does not exist yet, got {config.out!r}, made during this run"
+            )
         partial.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own where the disk is full
+        raise ValueError(f"out: {config.out!r} was not written: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -133,7 +149,9 @@ def write_model(config: ModelConfig, folder: Path) -> None:
 
 def native_config(published: Any, processor: Any) -> JanusConfig:
     """The `JanusConfig` of a model that a `MultiModalityConfig` describes."""
-    text = published.language_config  # with its rms_norm_eps and rope_parameters
+    # With its rms_norm_eps and rope_parameters, and without what a stranger's config.json adds, such as auto_map.
+    known = LlamaConfig().to_dict().keys() - {"model_type"}
+    text = LlamaConfig(**{key: value for key, value in published.language_config.to_dict().items() if key in known})
     # language_config has LLaMA's ids, with which no answer would end.
     text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     text.pad_token_id = processor.pad_id
@@ -245,7 +263,8 @@ def write_processor(processor: Any, roles: Sequence[str], image_size: int, folde
     names = {"image_token": "image_tag", "boi_token": "image_start_tag", "eoi_token": "image_end_tag"}
     tags = {name: getattr(processor, tag) for name, tag in names.items()}
     own = {"extra_special_tokens": tags, "add_bos_token": tokenizer.add_bos_token, "pad_token": processor.pad_tag}
-    write(file, json.loads(file.read_text(encoding="utf-8")) | tags | own)
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    write(file, {key: saved[key] for key in TOKENIZER_KEYS if key in saved} | tags | own)
     template = (NATIVE / "chat_template.jinja").read_text(encoding="utf-8")
     for default, role in zip(ModelConfig().roles, roles, strict=True):
         template = template.replace(json.dumps(default), json.dumps(role, ensure_ascii=False))
