@@ -140,6 +140,8 @@ def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[
     """
     try:
         given = OmegaConf.from_dotlist(list(overrides))
+        for layer in (*layers, OmegaConf.to_container(given)):
+            refuse_missing(layer)
         values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), *layers, given))
     except yaml.YAMLError as error:
         raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
@@ -148,10 +150,21 @@ def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[
         if key and re.split(r"[.\[]", key)[0] not in names:
             raise ValueError(unknown_key(key, names)) from error
         raise ValueError(f"{key or 'config'}: {first_line(error)}") from error
+    except RecursionError as error:
+        raise ValueError("config: a value is nested too deeply") from error
     except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
         raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
     refuse_interpolations(values)
     return values
+
+
+def refuse_missing(values: Any, key: str = "config") -> None:
+    """Refuses OmegaConf's mark of a missing value, which a merge would take for the default."""
+    if isinstance(values, (Mapping, list)):
+        for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            refuse_missing(value, str(name))
+    elif values == "???":
+        raise ValueError(f"{key} must have a value, got '???'")
 
 
 def refuse_interpolations(values: Mapping[Any, Any], prefix: str = "") -> None:

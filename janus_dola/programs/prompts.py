@@ -1,5 +1,6 @@
 """Prompts: a conversation from arguments, or many from a file of JSON lines, with their answers if there are some."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -76,21 +77,31 @@ def read_prompts(
     Raises:
         ValueError: The file cannot be read.
     """
+    data = read_bytes(path, key)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
+        raise ValueError(f"{key} must be UTF-8, got UTF-16 in {str(path)!r}")
     text_config, new = model_config.get_text_config(), config.generation.get("max_new_tokens") or 1
+    positions = text_config.max_position_embeddings
+    longest = positions * max(map(len, processor.tokenizer.get_vocab()))  # bytes; a token has at most so many
+    lines = {number: _parse(line) for number, line in enumerate(data.splitlines(), 1) if line.strip()}
+    first: dict[str | int, int] = {}  # id -> the line that has it
+    for number, given in lines.items():
+        if isinstance(given, dict) and is_id(given.get("id")):
+            first.setdefault(given["id"], number)
     prompts: list[Prompt] = []
     errors: list[dict[str, Any]] = []
-    seen: dict[str | int, int] = {}  # id -> its line
-    for number, line in enumerate(read_bytes(path, key).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, given in lines.items():
         name: str | int = f"line {number}"
+        while name in first:  # the id of another line
+            name = f"{name}'"
         try:
-            given = _parse(line)
+            if isinstance(given, ValueError):
+                raise given
             own = given.get("id", name)
-            if not isinstance(own, (str, int)) or isinstance(own, bool):
+            if not is_id(own):
                 raise ValueError(f"id must be a string or an integer, got {own!r}")
-            if (first := seen.setdefault(own, number)) != number:
-                raise ValueError(f"id must be of one line alone, got {own!r} on line {number} and on line {first}")
+            if "id" in given and first[own] != number:
+                raise ValueError(f"id must be of one line alone, got {own!r} on line {number} and on line {first[own]}")
             name = own
             form, *answer = _expected(given, image_root)
             if form is None and judged:
@@ -100,16 +111,34 @@ def read_prompts(
             )
             dola = DoLaConfig(**merge(config.dola(), [{key: given[key] for key in DOLA_KEYS if key in given}]))
             dola.resolve_layers(text_config.num_hidden_layers)
+            size = sum(len(turn["content"].encode()) for turn in turns)
+            if size > longest:  # which the tokenizer would take minutes to find out
+                raise ValueError(f"too long: {size} bytes of text are more than the model's {positions} positions hold")
             length = prompt_length(turns, processor)
-            if length + new > text_config.max_position_embeddings:
-                raise ValueError(
-                    f"too long: the prompt's {length} tokens and {new} new ones (max_new_tokens) are more than the "
-                    f"model's {text_config.max_position_embeddings} positions"
-                )
+            check_length(length, new, positions)
+            if config.SCORED and (texts := answer[1] or ([answer[0]] if form == "answer" else [])):
+                scored = encode_continuations(processor.tokenizer, texts)[0].shape[1]
+                check_length(length, scored, positions, "of the longest answer")
             prompts.append(Prompt(name, turns, dola, length, form, *answer))
         except ValueError as error:
             errors.append({"id": name, "error": str(error)})
     return prompts, errors
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def check_length(prompt: int, new: int, positions: int, what: str = "new ones (max_new_tokens)") -> None:
+    """Refuses more tokens than the model has positions for: past them answers are noise.
+
+    Raises:
+        ValueError: The prompt's and the new tokens together are more.
+    """
+    if prompt + new > positions:
+        raise ValueError(
+            f"too long: the prompt's {prompt} tokens and {new} {what} are more than the model's {positions} positions"
+        )
 
 
 def fingerprint(path: str | PathLike[str], key: str = "prompts") -> str:
@@ -117,15 +146,14 @@ def fingerprint(path: str | PathLike[str], key: str = "prompts") -> str:
     return "sha256 " + hashlib.sha256(read_bytes(path, key)).hexdigest()[:16]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any] | ValueError:
+    """The object on a line, or what is wrong with it."""
     try:
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text to tokenize
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {first_line(error)}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"a line must be a JSON object, got {str(given)[:80]!r}")
-    return given
+        return ValueError(f"not JSON: {first_line(error)}")
+    return given if isinstance(given, dict) else ValueError(f"a line must be a JSON object, got {str(given)[:80]!r}")
 
 
 def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...]]:

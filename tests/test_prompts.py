@@ -1,0 +1,76 @@
+"""A file of prompts: every line is a prompt or an error with an id of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from janus_dola.programs.answer import AnswerConfig
+from janus_dola.programs.calibrate import CalibrateConfig
+from janus_dola.programs.prompts import read_prompts
+
+TEXT = {"question": "Why?"}
+
+
+@pytest.fixture
+def read(tmp_path: Path, model: Any, processor: Any) -> Any:
+    def read(lines: list[Any] | bytes, config: Any = None) -> tuple[dict[Any, Any], dict[Any, str]]:
+        """The good lines and the errors, by id."""
+        path = tmp_path / "prompts.jsonl"
+        data = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
+        path.write_bytes(data)
+        prompts, errors = read_prompts(config or AnswerConfig(), path, processor, model.config)
+        return {prompt.id: prompt for prompt in prompts}, {error["id"]: error["error"] for error in errors}
+
+    return read
+
+
+def test_an_id_like_another_lines_name_loses_no_line(read: Any) -> None:
+    """Two lines had one name, and one of them no answer."""
+    lines = [
+        {"id": "line 2"} | TEXT, TEXT, {"id": "line 5"} | TEXT, {"id": "line 2"} | TEXT, {"id": [1]} | TEXT, 5,
+        {"id": "line 6"} | TEXT, {"id": "line 6'"},
+    ]  # fmt: skip
+    good, errors = read(lines)
+    assert list(good) == ["line 2", "line 2'", "line 5", "line 6"]
+    assert list(errors) == ["line 4", "line 5'", "line 6''", "line 6'"]
+    assert errors["line 4"] == "id must be of one line alone, got 'line 2' on line 4 and on line 1"
+
+
+@pytest.mark.parametrize("key", ["alpha", "candidate_layers", "bucket_id"])
+def test_a_deep_or_missing_value_is_the_lines_error(read: Any, key: str) -> None:
+    """A deep one ended the run with a traceback, and the mark of a missing value was taken for the default."""
+    deep = f'{{"question": "Why?", "{key}": {"[" * 900}{"]" * 900}}}\n'.encode()
+    good, errors = read(deep + json.dumps(TEXT | {key: "???"}).encode() + b"\n" + json.dumps(TEXT).encode())
+    assert list(good) == ["line 3"]
+    assert f"{key} must have a value, got '???'" in errors["line 2"] and "line 1" in errors
+
+
+def test_a_long_text_is_not_tokenized(read: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 8 MB took minutes and gigabytes."""
+    encode, sizes = processor.tokenizer.encode, []
+    monkeypatch.setattr(processor.tokenizer, "encode", lambda text, **keys: sizes.append(len(text)) or encode(text))
+    good, errors = read([{"question": "why " * 2_000_000}, TEXT])
+    assert list(good) == ["line 2"] and max(sizes) < 1000
+    assert errors["line 1"].startswith("too long: 8000000 bytes of text are more than the model's 16384 positions")
+
+
+def test_an_answer_to_score_must_fit_too(read: Any, tmp_path: Path) -> None:
+    config = CalibrateConfig(data="x")
+    good, errors = read(
+        [
+            TEXT | {"answer": "so " * 16384},
+            TEXT | {"choices": ["no", "so " * 16384], "answer": 0},
+            TEXT | {"answer": "so"},
+        ],
+        config,
+    )
+    assert list(good) == ["line 3"]
+    assert all("of the longest answer are more than the model's 16384 positions" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_as_a_whole(read: Any, encoding: str) -> None:
+    with pytest.raises(ValueError, match=r"prompts must be UTF-8, got UTF-16 in '.*prompts.jsonl'"):
+        read((json.dumps(TEXT) + "\n").encode(encoding))
