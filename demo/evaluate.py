@@ -369,7 +369,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
         if (value := getattr(options, name)) < 3:
             parser.error(f"argument --{name}: must be at least 3, so that each sort is asked, got {value}")
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train")
+        parser.error(
+            f"argument --model: {options.model} is not a checkpoint folder; make one with python -m demo.train"
+        )
     text = tables(options.model, options.questions, options.validation, not options.no_dola)
     print(text)
     if options.write_card:

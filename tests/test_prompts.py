@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from janus_dola.programs.answer import AnswerConfig
-from janus_dola.programs.calibrate import CalibrateConfig
 from janus_dola.programs.prompts import read_prompts
 
 TEXT = {"question": "Why?"}
@@ -15,12 +14,12 @@ TEXT = {"question": "Why?"}
 
 @pytest.fixture
 def read(tmp_path: Path, model: Any, processor: Any) -> Any:
-    def read(lines: list[Any] | bytes, config: Any = None) -> tuple[dict[Any, Any], dict[Any, str]]:
+    def read(lines: list[Any] | bytes, **more: Any) -> tuple[dict[Any, Any], dict[Any, str]]:
         """The good lines and the errors, by id."""
         path = tmp_path / "prompts.jsonl"
         data = lines if isinstance(lines, bytes) else "".join(json.dumps(line) + "\n" for line in lines).encode()
         path.write_bytes(data)
-        prompts, errors = read_prompts(config or AnswerConfig(), path, processor, model.config)
+        prompts, errors = read_prompts(AnswerConfig(), path, processor, model.config, **more)
         return {prompt.id: prompt for prompt in prompts}, {error["id"]: error["error"] for error in errors}
 
     return read
@@ -56,15 +55,14 @@ def test_a_long_text_is_not_tokenized(read: Any, processor: Any, monkeypatch: py
     assert errors["line 1"].startswith("too long: 8000000 bytes of text are more than the model's 16384 positions")
 
 
-def test_an_answer_to_score_must_fit_too(read: Any, tmp_path: Path) -> None:
-    config = CalibrateConfig(data="x")
+def test_an_answer_to_score_must_fit_too(read: Any) -> None:
     good, errors = read(
         [
             TEXT | {"answer": "so " * 16384},
             TEXT | {"choices": ["no", "so " * 16384], "answer": 0},
             TEXT | {"answer": "so"},
         ],
-        config,
+        judged=True,
     )
     assert list(good) == ["line 3"]
     assert all("of the longest answer are more than the model's 16384 positions" in text for text in errors.values())

@@ -21,9 +21,10 @@ from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
-from janus_dola.programs.options import CONFIGS, ManyConfig, read_config
+from janus_dola.programs.options import CONFIGS, ManyConfig, config_files, read_config
 from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation
 from janus_dola.programs.report import check_report, write_report
+from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
 from janus_dola.trace import DoLaTrace
 
@@ -76,6 +77,9 @@ def run(argv: Sequence[str]) -> int:
     if config.output is None:
         answer_one(config)
         return 0
+    report, configs = [config.report] if config.report else [], config_files(argv)
+    read = {"prompts": [str(config.prompts)], "config": configs, "model_path": [config.model_path]}
+    check_files({"output": result_files(config.output), "report": report}, read)
     task, settings = Compare() if config.compare else Task(), (*DOLA_KEYS, "compare", *RUN_KEYS)
     prompts, lines = answer_file(config, task, settings, "prompts", config.output)
     if config.report is not None:

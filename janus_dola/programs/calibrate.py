@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from janus_dola.config import METHODS, DoLaConfig
 from janus_dola.programs.engine import Outcome, Task
 from janus_dola.programs.measures import BASELINE, is_right, summarize, yes_or_no
-from janus_dola.programs.options import ManyConfig, read_config
+from janus_dola.programs.options import ManyConfig, config_files, read_config
 from janus_dola.programs.prompts import Prompt
+from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
 
 OUTPUT = "outputs/calibrated.yaml"
@@ -136,16 +137,26 @@ def render(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
 
 
+def _judged(results: Mapping[str, Any]) -> bool:
+    return all(isinstance(result, dict) and isinstance(result.get("correct"), bool) for result in results.values())
+
+
 def run(argv: Sequence[str]) -> None:
     config = read_config(CalibrateConfig, argv)
     output = Path(config.output or OUTPUT)
     named, saved = config.configurations(), output.with_suffix(".results.jsonl")
+    written = [output, output.with_suffix(".json"), *result_files(saved)]
+    read = {"data": [config.data], "config": config_files(argv), "model_path": [config.model_path]}
+    check_files({"output": written}, read)
     good, lines = answer_file(config, Judge(named), (*RUN_KEYS, "methods", "alphas"), "data", saved, config.strict)
     prompts = [prompt for prompt in good if "results" in lines[prompt.id]]
     found = [lines[prompt.id]["results"] for prompt in prompts]
     bad_lines = [f"{line['id']}: {line['error']}" for line in lines.values() if "error" in line]
     for bad in bad_lines:
         print(bad, file=sys.stderr)
+    if broken := [i for i, results in enumerate(found) if list(results) != list(named) or not _judged(results)]:
+        name = prompts[broken[0]].id
+        raise ValueError(f"output: the line of {name!r} in {str(saved)!r} is not a result of these configurations")
     if not found:
         raise ValueError(f"data must hold at least one good line, got {len(bad_lines)} bad ones in {config.data!r}")
 

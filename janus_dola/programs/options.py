@@ -127,6 +127,11 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     return schema(**merge(schema, layers, overrides) | texts)
 
 
+def config_files(argv: Sequence[str]) -> list[str]:
+    """The files that `config=FILE` arguments name."""
+    return [argument.removeprefix("config=") for argument in argv if argument.startswith("config=")]
+
+
 def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Mappings over a dataclass, each over those before it.
 

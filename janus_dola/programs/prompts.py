@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from types import NoneType
 from typing import Any
@@ -47,6 +47,12 @@ class Prompt:
     form: str | None = None
     answer: Any = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands for all that its answer depends on beside the run's settings."""
+        asked = [self.turns, asdict(self.dola), self.form, self.answer, self.choices]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def read_prompts(
@@ -116,7 +122,7 @@ def read_prompts(
                 raise ValueError(f"too long: {size} bytes of text are more than the model's {positions} positions hold")
             length = prompt_length(turns, processor)
             check_length(length, new, positions)
-            if config.SCORED and (texts := answer[1] or ([answer[0]] if form == "answer" else [])):
+            if judged and (texts := answer[1] or ([answer[0]] if form == "answer" else [])):
                 scored = encode_continuations(processor.tokenizer, texts)[0].shape[1]
                 check_length(length, scored, positions, "of the longest answer")
             prompts.append(Prompt(name, turns, dola, length, form, *answer))
@@ -139,11 +145,6 @@ def check_length(prompt: int, new: int, positions: int, what: str = "new ones (m
         raise ValueError(
             f"too long: the prompt's {prompt} tokens and {new} {what} are more than the model's {positions} positions"
         )
-
-
-def fingerprint(path: str | PathLike[str], key: str = "prompts") -> str:
-    """What stands for the contents of a file of prompts in a run's settings."""
-    return "sha256 " + hashlib.sha256(read_bytes(path, key)).hexdigest()[:16]
 
 
 def _parse(line: bytes) -> dict[str, Any] | ValueError:

@@ -23,9 +23,9 @@ from janus.utils.io import load_image
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.measures import BASELINE, interval, is_right, summarize, yes_or_no
-from janus_dola.programs.options import ModelConfig, read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, fingerprint, read_prompts
-from janus_dola.programs.results import read_results
+from janus_dola.programs.options import ModelConfig, merge, read_config
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, read_prompts
+from janus_dola.programs.results import check_files, read_results, result_files
 
 SIDE = 160  # pixels of a picture's longer side: 500 of noise, the worst to compress, are 10 MB
 DOLA = "on"
@@ -62,14 +62,19 @@ def check_report(path: str | None) -> None:
 
 def run(argv: Sequence[str]) -> None:
     config = read_config(ReportConfig, argv, default=None)
-    settings, _ = read_results(config.output)
-    if settings.get("prompts") != fingerprint(config.prompts):
-        raise ValueError(f"prompts must be the file that {config.output!r} answers, got {config.prompts!r}")
-    own = {key: settings[key] for key in ("model_path", "roles", "generation", *DOLA_KEYS)}
-    model = ModelConfig(**own)
+    check_files({"report": [config.report]}, {"prompts": [config.prompts], "output": result_files(config.output)})
+    settings, lines = read_results(config.output)
+    keys = ("model_path", "roles", "generation", *DOLA_KEYS)
+    if lacking := [key for key in (*keys, "compare") if key not in settings]:
+        raise ValueError(
+            f"output must be answers of janus-dola, got {config.output!r}, whose settings lack {lacking[0]}"
+        )
+    model = ModelConfig(**merge(ModelConfig, [{key: settings[key] for key in keys}]))
     model_config = checkpoint.load_config(model.model_path)
     processor = checkpoint.load_processor(model, model_config)
     prompts, _ = read_prompts(model, config.prompts, processor, model_config, image_root=config.image_root)
+    if any("error" not in line for line in lines.values()) and not any(is_of(prompt, lines) for prompt in prompts):
+        raise ValueError(f"prompts must be the file that {config.output!r} answers, got {config.prompts!r}")
     write_report(config.report, config.output, prompts)
 
 
@@ -82,10 +87,10 @@ def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts
         prompts: The run's good prompts.
     """
     settings, lines = read_results(output)
-    answered = [(prompt, lines[prompt.id]) for prompt in prompts if prompt.id in lines]
+    answered = [(prompt, lines[prompt.id]) for prompt in prompts if is_of(prompt, lines)]
     done = [(prompt, line) for prompt, line in answered if "error" not in line]
-    known = {prompt.id for prompt in prompts}
-    bad = [line for line in lines.values() if line["id"] not in known]  # lines of the prompts that are no prompt
+    good = {prompt.id for prompt in prompts}
+    bad = [line for line in lines.values() if line["id"] not in good and "error" in line]
     judged = [(prompt, line) for prompt, line in done if prompt.form is not None]
     results = [{name: judge(prompt, text) for name, text in texts(line).items()} for prompt, line in judged]
     changed = np.array([is_changed(line) for _, line in done], dtype=float)
@@ -108,6 +113,12 @@ def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts
         layers=sorted({layer for _, line in done for layer in line["layers"] or ()}),
         rows=rows(answered, bad, settings),
     ).dump(str(path), encoding="utf-8")
+
+
+def is_of(prompt: Prompt, lines: Mapping[str | int, Mapping[str, Any]]) -> bool:
+    """Whether a prompt has a line, and an answer is one to it as it is now."""
+    line = lines.get(prompt.id)
+    return line is not None and ("error" in line or line.get("prompt") == prompt.fingerprint)
 
 
 def texts(line: Mapping[str, Any]) -> dict[str, str]:

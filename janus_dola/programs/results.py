@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,41 @@ TYPES: dict[str, tuple[type, ...]] = {
     "correct": (bool,),
     "results": (dict,),
 }
+
+
+# The files by which a checkpoint is loaded.
+CHECKPOINT = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "processor_config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+def check_files(written: Mapping[str, Sequence[str | Path]], read: Mapping[str, Sequence[str | Path]]) -> None:
+    """Refuses to write a file that is read, or one file for two keys, by whatever name.
+
+    Args:
+        written: Key -> the files that it will make.
+        read: Key -> the files, or the checkpoint's folder, that it names.
+
+    Raises:
+        ValueError: A key names such a file.
+    """
+    taken = [(path, f"the file of {key}") for key, paths in read.items() for path in map(Path, paths)]
+    for key, paths in read.items():
+        taken += [(Path(folder, name), f"a file of {key}") for folder in paths for name in CHECKPOINT]
+    for key, paths in written.items():
+        for path in map(Path, paths):
+            for other, name in taken:
+                if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
+                    raise ValueError(f"{key} must not be {name}, got {str(path)!r}")
+        taken += [(Path(path), f"the file of {key}") for path in paths]
+
+
+def result_files(output: str | PathLike[str]) -> list[Path]:
+    """The files that `Results` writes."""
+    path = Path(output)
+    return [path, beside(path, "settings.json"), beside(path, "draft")]
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -53,7 +88,7 @@ class Results:
         settings: All that the results depend on but their prompts, as JSON can hold it.
 
     Attributes:
-        lines: The results so far, by id.
+        lines: The results so far, by id. What is taken out of it is gone from the file when it is closed.
 
     Raises:
         ValueError: The file holds results of other settings, or something else, cannot be written, or is in use.

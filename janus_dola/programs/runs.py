@@ -1,5 +1,6 @@
 """A file of prompts to a file of results, which survives a kill."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
@@ -8,7 +9,7 @@ from typing import Any
 from janus_dola.programs import checkpoint
 from janus_dola.programs.engine import Outcome, Task, answer_many
 from janus_dola.programs.options import ManyConfig
-from janus_dola.programs.prompts import Prompt, fingerprint, read_prompts
+from janus_dola.programs.prompts import Prompt, read_prompts
 from janus_dola.programs.ray_workers import answer_with_workers
 from janus_dola.programs.results import Results
 from janus_dola.wrapper import DoLaJanusWrapper
@@ -31,7 +32,7 @@ def answer_file(
     output: str | PathLike[str],
     strict: bool = False,
 ) -> tuple[list[Prompt], dict[str | int, dict[str, Any]]]:
-    """Answers a file of prompts.
+    """Answers a file of prompts. Of a run before, answers to the same prompts stay, and errors are tried again.
 
     Args:
         config: The run's.
@@ -42,10 +43,11 @@ def answer_file(
         strict: Whether the first error stops the run.
 
     Returns:
-        The good prompts, and all lines by id.
+        The good prompts, and the lines of all prompts by id.
 
     Raises:
-        ValueError: Something in the configuration is wrong, or `strict` and there is an error.
+        ValueError: Something in the configuration is wrong, the output holds answers to other prompts alone, or
+            `strict` and there is an error.
     """
     config.check_batch()
     model_config = checkpoint.load_config(config.model_path)
@@ -59,22 +61,34 @@ def answer_file(
         if strict and "error" in line:
             raise ValueError(f"{key}, {line['id']}: {line['error']}")
 
-    with Results(output, values | {"dtype": str(dtype), key: fingerprint(path, key)}) as results:
+    prints = {prompt.id: prompt.fingerprint for prompt in prompts}
+    with Results(output, values | {"dtype": str(dtype)}) as results:
+        names = [*(line["id"] for line in errors), *prints]
+        answered = {name: line for name, line in results.lines.items() if "error" not in line}
+        done = {name for name, line in answered.items() if line.get("prompt") == prints.get(name, "")}
+        if answered and not done:
+            raise ValueError(f"output: {str(output)!r} holds answers to other prompts; give another")
+        if results.lines:
+            kept, new = _counted(len(done), "answer"), _counted(len(prompts) - len(done), "prompt")
+            print(f"{output}: {kept} kept, {new} to answer", file=sys.stderr)
+        for name in results.lines.keys() - answered.keys() - set(names):  # errors of lines that are no longer there
+            del results.lines[name]
         for line in errors:
             results.write([line])
             check(line)
-        for line in results.lines.values():  # of runs before
-            check(line)
-        if any(prompt.id not in results.lines for prompt in prompts):
-            done = results.lines.keys()
+        if len(done) < len(prompts):
             if config.workers:
-                answered = answer_with_workers(config, task, dtype, prompts, done)
+                answers = answer_with_workers(config, task, dtype, prompts, done)
             else:
                 model = DoLaJanusWrapper(checkpoint.load_model(config, model_config))
                 how = (config.generation, config.batch_size, config.seed)
-                answered = answer_many(model, processor, prompts, task, *how, done)
-            with closing(answered):
-                for line in lines_of(task, answered):
-                    results.write([line])
+                answers = answer_many(model, processor, prompts, task, *how, done)
+            with closing(answers):
+                for line in lines_of(task, answers):
+                    results.write([line if "error" in line else line | {"prompt": prints[line["id"]]}])
                     check(line)
-        return prompts, results.lines
+        return prompts, {name: results.lines[name] for name in names}
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n} {thing}{'' if n == 1 else 's'}"
