@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from omegaconf import OmegaConf
 
-from janus_dola.config import METHODS, DoLaConfig
+from janus_dola.config import DoLaConfig
+from janus_dola.methods import METHODS
 from janus_dola.programs.answer import answer_file
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import ManyConfig, Outcome, Prompt, yes_or_no
