@@ -27,11 +27,13 @@ from tqdm import tqdm
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
-from janus_dola.config import METHODS, DoLaConfig, by_row
+from janus_dola.config import DoLaConfig, by_row
 from janus_dola.exits import ExitView
+from janus_dola.methods import METHODS
+from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.programs.checkpoint import load, pick_device
 from janus_dola.programs.options import DTYPES, ModelConfig, as_list, read_config, run_program
-from janus_dola.wrapper import DoLaJanusWrapper, DoLaLogitsProcessor
+from janus_dola.wrapper import DoLaJanusWrapper
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 # The language models of Janus-Pro: layers, hidden size, intermediate size, heads, vocabulary. Weights are random here.

@@ -32,7 +32,7 @@ from benchmarks.latency import (
     prompt_for,
     synchronize,
 )
-from janus_dola import wrapper
+from janus_dola import processor
 from janus_dola.exits import ExitView
 from janus_dola.programs.options import read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper
@@ -40,10 +40,10 @@ from janus_dola.wrapper import DoLaJanusWrapper
 # What is timed: functions that a step calls one after the other, none from within another.
 OF_DOLA = {
     "exits: norm, prepend": (ExitView, "prepend_exits"),
-    "read: softmax, JSD": (wrapper, "read"),
-    "choose: M, contrast": (wrapper, "choose"),
+    "read: softmax, JSD": (processor, "read"),
+    "choose: M, contrast": (processor, "choose"),
 }
-OF_COMPILED = {"formulas": (wrapper.DoLaLogitsProcessor, "_step")}
+OF_COMPILED = {"formulas": (processor.DoLaLogitsProcessor, "_step")}
 OTHER = "rest of generate"
 
 

@@ -1,6 +1,7 @@
 """One call of `generate`: what was asked for is gathered, checked and run once."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -95,13 +96,13 @@ class Call:
                 raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
 
     def run(
-        self, processor: LogitsProcessor | None = None, criterion: StoppingCriteria | None = None, view: Any = None
+        self, own: Sequence[LogitsProcessor] = (), criterion: StoppingCriteria | None = None, view: Any = None
     ) -> Any:
-        """What `generate` returns, of the model or a view of it, with our processor and criterion after the caller's.
+        """What `generate` returns, of the model or a view of it, with our processors and criterion after the caller's.
 
         It is always transformers' own loop: Janus' `generate` of transformers drops the caller's processors.
         """
-        processors = [*(self._kwargs.pop("logits_processor", None) or ()), *([processor] if processor else ())]
+        processors = [*(self._kwargs.pop("logits_processor", None) or ()), *own]
         penalty = self.get("repetition_penalty")
         if penalty not in (None, 1.0) and self.get("inputs_embeds") is not None and self.get("inputs") is None:
             # transformers 5 counts a row's padding off its new tokens and skips the penalty for as many of them.

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from janus_dola.dola_runtime import buckets, candidates_in_bucket
-
-# The keys of each method, its strength first.
-METHODS = {"dola": ("alpha",), "deco": ("deco_alpha",), "sled": ("sled_rate", "sled_top_k")}
+from janus_dola.methods import METHODS
 
 
 @dataclass
@@ -28,7 +26,7 @@ class DoLaConfig:
             static DoLa; none, or the last layer alone, leaves nothing to subtract.
         bucket_id: 0, 1 or 2: candidates from the lower, middle or upper third of the layers. DeCo and SLED take all
             layers of it; DeCo's upper one is what its paper uses, layers 20 to 28 of 32.
-        method: dola, deco or sled: what is done with the exits, see `dola_runtime`. A key of another is refused.
+        method: dola, deco or sled: what is done with the exits, see `methods`. A key of another is refused.
         deco_alpha: DeCo's α, at least 0: how much of the chosen exit's logits is added.
         sled_rate: SLED's evolution rate η, at least 0: how far the logits move.
         sled_top_k: SLED's evolution scale k: the tokens that remain; the paper has 10 for generation, 75 and more for
@@ -90,26 +88,34 @@ class DoLaConfig:
         return layers
 
 
+class Method(NamedTuple):
+    """How a row's exits are read.
+
+    Attributes:
+        name: A key of `METHODS`.
+        top_k: SLED's k.
+        dynamic: Whether M is selected by the JSD.
+    """
+
+    name: str
+    top_k: int
+    dynamic: bool
+
+
 class Rows(NamedTuple):
-    """Configurations, one per row, as `dola_runtime.choose` needs them.
+    """Configurations, one per row, as `methods.choose` needs them.
 
     Attributes:
         layers: The J exits j < N to be read, lowest first.
         candidates: Which of them each row may choose from, bool [rows, J].
-        strength: Of each row's method, float64 [rows].
-        methods: Of each row (method, top_k).
+        strength: The first of each row's `METHODS` keys, float64 [rows].
+        methods: Each row's.
     """
 
     layers: tuple[int, ...]
     candidates: Tensor
     strength: Tensor
-    methods: list[tuple[str, int]]
-
-    @property
-    def dynamic(self) -> list[bool]:
-        """Of each row, whether M is selected by the JSD."""
-        many = (self.candidates.sum(-1) > 1).tolist()
-        return [method == "dola" and more for (method, _), more in zip(self.methods, many, strict=True)]
+    methods: list[Method]
 
     @property
     def changes_nothing(self) -> bool:
@@ -138,5 +144,9 @@ def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int]
     exits = tuple(sorted(set().union(*own)) if layers is None else layers)
     candidates = torch.tensor([[j in each for j in exits] for each in own], dtype=torch.bool)
     strength = [getattr(config, METHODS[config.method][0]) for config in on]
-    methods = [(config.method, config.sled_top_k) for config in on]
+    several = (candidates.sum(-1) > 1).tolist()
+    methods = [
+        Method(config.method, config.sled_top_k, config.method == "dola" and more)
+        for config, more in zip(on, several, strict=True)
+    ]
     return Rows(exits, candidates, torch.tensor(strength, dtype=torch.float64), methods)

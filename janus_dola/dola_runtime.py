@@ -1,12 +1,12 @@
-"""The formulas of DoLa (arXiv 2309.03883), and of DeCo and SLED, tensors in and tensors out.
+"""The formulas of DoLa (arXiv 2309.03883), tensors in and tensors out.
 
 Symbols, as in the paper: q_N is the next-token distribution of the final ("mature") layer N, q_j that of the early exit
 at layer j, M the chosen ("premature") layer, V_head the tokens that the final layer finds plausible (eq. 4), F the
 contrast (eq. 3) and p̂ the result; z are logits. Layers count from 1. Shapes: rows are sequences or beams, J exits, V
 tokens.
 
-A decode step, a scored position and a trace are all `read`, then `choose`. Arithmetic is float32, or float64 for
-float64 input. No argument is changed.
+A decode step, a scored position and a trace are all `read`, then `methods.choose`, which is `dola` for this method.
+Arithmetic is float32, or float64 for float64 input. No argument is changed.
 """
 
 import math
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 EPS = 1e-12  # inside the logarithms of the JSD
-COS_EPS = 1e-6  # a cosine of SLED's that is no more is 0 and rounding: of an exit that differs by a constant, all are
 
 
 class Reading(NamedTuple):
@@ -57,34 +56,6 @@ def read(logits_N: Tensor, logits_j: Tensor, dynamic: bool = True) -> Reading:
     return Reading(log_qN, log_qj, divergence, logits_N, logits_j)
 
 
-def choose(
-    reading: Reading, candidates: Tensor, strength: Tensor, method: str = "dola", top_k: int = 10
-) -> tuple[Tensor, Tensor]:
-    """What a method makes of the rows, each with its own candidates.
-
-    Args:
-        reading: Of these rows.
-        candidates: Which exits each row may choose from, bool [rows, J].
-        strength: α of `dola` or `deco`, η of `sled`, [rows].
-        method: One of these three.
-        top_k: The k of `sled`.
-
-    Returns:
-        log p̂, [rows, V], and M as an index into the exits, int64 [rows]; J stands for N.
-    """
-    if method == "dola":
-        return dola(reading, candidates, strength)
-    J = candidates.shape[1]
-    if not J:
-        return reading.log_qN, torch.zeros_like(strength, dtype=torch.long)
-    eligible = candidates & ~reading.jsd.isnan()
-    if method == "deco":
-        log_p, M_index, found = deco(reading, eligible, strength)
-    else:
-        log_p, M_index, found = sled(reading, eligible, strength, top_k)
-    return torch.where(found.unsqueeze(1), log_p, reading.log_qN), M_index.where(found, J)
-
-
 def dola(reading: Reading, candidates: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's premature layer among its own candidates, and what is left when it is subtracted.
 
@@ -92,111 +63,23 @@ def dola(reading: Reading, candidates: Tensor, alpha: Tensor) -> tuple[Tensor, T
     log q_N, and with α = 0 so is the result. (F = 0, the formula taken literally, would make p̂ uniform.)
 
     Args:
-        reading: Of these rows.
+        reading: What `read` gives for these rows.
         candidates: Which exits each row may choose from, bool [rows, J].
         alpha: Threshold of V_head, in [0, 1], [rows].
 
     Returns:
         log p̂, [rows, V], and M as an index into the exits, int64 [rows]; J stands for N.
     """
-    log_qN, log_qj, divergence = reading[:3]
-    J = divergence.shape[1]
-    M_index = _most_divergent(divergence, candidates)
-    alone = (M_index == J).unsqueeze(1)
+    J = reading.jsd.shape[1]
+    M_index = _most_divergent(reading.jsd, candidates)
+    alone = (M_index == J).unsqueeze(1)  # M = N
     if J:
-        log_qM = log_qj[torch.arange(len(M_index), device=M_index.device), M_index.clamp(max=J - 1)]
+        log_qM = reading.log_qj[torch.arange(len(M_index), device=M_index.device), M_index.clamp(max=J - 1)]
         log_qM.masked_fill_(alone, 0.0)
     else:
-        log_qM = torch.zeros_like(log_qN)
-    same = alone & (alpha == 0).unsqueeze(1)
-    return torch.where(same, log_qN, contrast(log_qN, log_qM, alpha)), M_index
-
-
-def deco(
-    reading: Reading, candidates: Tensor, alpha: Tensor, k: int = 20, p: float = 0.9
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DeCo (arXiv 2410.11779; the formula is that of the code published with it): a sure exit's logits are added.
-
-    C = the most likely tokens of q_N, at most k, cut after the first at which their cumulative probability reaches p;
-    (M, c) = the layer and the value of max q_j(x) over candidates j and x ∈ C; p̂ = softmax(z_N + α c z_M) on C.
-
-    Theirs is for one row, and takes the maximum over all rows of a batch; here each row has its own M and c.
-
-    Args:
-        reading: Of these rows; the JSD is not used.
-        candidates: Which exits each row may choose from, bool [rows, J], J at least 1.
-        alpha: α, at least 0, [rows].
-        k, p: Theirs for all experiments.
-
-    Returns:
-        log p̂, [rows, V], −∞ outside C; M's index, int64 [rows], ties to the lowest layer; whether there was a
-        candidate, bool [rows]: the rest means nothing where there was none.
-    """
-    log_qN, log_qj = reading[:2]
-    top, tokens = log_qN.topk(min(k, log_qN.shape[-1]))  # [rows, k]
-    q = top.exp()
-    in_C = q.cumsum(-1) - q < p  # what comes before a token is less than p
-    at = tokens.unsqueeze(1).expand(-1, log_qj.shape[1], -1)  # [rows, J, k]
-    allowed = candidates.unsqueeze(-1) & in_C.unsqueeze(1)
-    log_qj_C = log_qj.gather(-1, at)  # [rows, J, k]
-    log_c = torch.where(allowed, log_qj_C, -math.inf).amax(-1)  # [rows, J]
-    M_index = log_c.argmax(-1)
-    row = torch.arange(len(M_index), device=M_index.device)
-    factor = alpha.to(q) * log_c[row, M_index].exp()  # [rows]
-    scores = torch.where(in_C, top + factor.unsqueeze(-1) * log_qj_C[row, M_index], -math.inf)  # constants cancel out
-    log_p = torch.full_like(log_qN, -math.inf).scatter(-1, tokens, log_softmax(scores))
-    return log_p, M_index, candidates.any(-1)
-
-
-def sled(reading: Reading, candidates: Tensor, rate: Tensor, k: int = 10, T: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """SLED (arXiv 2411.02433, Algorithm 1, with the steps of the published code): z_N moves to what the exits foretell.
-
-    I = the k most likely tokens of q_N, e_i the one-hot vector of token i;
-    s_ij = max(0, cos(z_j − z_N, q_j − e_i))² for i ∈ I and each candidate j;
-    P(i) = Σ_j s_ij / Σ_ij s_ij, which is P_latent: each layer's normalised s_ij, weighted by the layer's sum;
-    z ← z − η_t (softmax(z) − P), t = 0 … T−1, from z_N on, with η_t = η (1 − t/T); p̂ = softmax(z) on I.
-
-    Departures: a token that the caller ruled out (−∞ in z_N) is left out of the vectors, which would be infinite there.
-    Tokens outside I get −∞, where theirs get −100 or −2500. Their loop for generation runs one step, that for scoring
-    T = 10. M, which SLED does not choose, is the layer of the greatest weight, for a trace to show.
-
-    Args:
-        reading: Of these rows, with z_N up to no constant: |z_j − z_N| depends on it. The JSD is not used.
-        candidates: Which exits each row uses, bool [rows, J], J at least 1.
-        rate: The evolution rate η at t = 0, [rows].
-        k: The evolution scale.
-        T: The number of steps.
-
-    Returns:
-        log p̂, [rows, V], −∞ outside I; M's index, int64 [rows]; whether any cosine was positive, bool [rows]: the
-        rest means nothing where none was.
-    """
-    log_qN, log_qj, _, z_N, z_j = reading
-    top, tokens = log_qN.topk(min(k, log_qN.shape[-1]))  # [rows, k]
-    at = tokens.unsqueeze(1).expand(-1, log_qj.shape[1], -1)  # [rows, J, k]
-    banned = z_N.isneginf().unsqueeze(1)  # [rows, 1, V]
-    d = (z_j.to(log_qj) - z_N.to(log_qj).unsqueeze(1)).masked_fill_(banned, 0.0)  # [rows, J, V]
-    q = log_qj.exp()
-    # Both sums over V are of what is left without each exit's most likely token m: an exit that is sure of it has a
-    # q_j − e_m near 0, which 1 − q_j(m) and Σ q_j² − 2 q_j(m) + 1 would round away. No [J, k, V] tensor is needed.
-    rest = q.masked_fill(banned, 0.0)
-    q_m, m = rest.max(-1, keepdim=True)  # [rows, J, 1]
-    rest.scatter_(-1, m, 0.0)
-    q_i, d_i = q.gather(-1, at), d.gather(-1, at)  # [rows, J, k]
-    not_m = q.scatter_(-1, m, 0.0).sum(-1, keepdim=True)  # 1 − q_m
-    of_m = at == m
-    dot = (rest * d).sum(-1, keepdim=True) + torch.where(of_m, -not_m * d_i, q_m * d.gather(-1, m) - d_i)
-    square = rest.square_().sum(-1, keepdim=True) + torch.where(of_m, not_m**2, (1 - q_i) ** 2 + q_m**2 - q_i**2)
-    cos = dot / (square * d.square_().sum(-1, keepdim=True)).sqrt()  # [rows, J, k]
-    used = candidates.unsqueeze(-1) & ~top.isneginf().unsqueeze(1) & (cos > COS_EPS)
-    s = torch.where(used, cos**2, 0.0)
-    total = s.sum((1, 2))  # [rows]
-    P = torch.zeros_like(log_qN).scatter_(-1, tokens, s.sum(1) / total.unsqueeze(-1))  # [rows, V]
-    z = log_qN
-    for t in range(T):
-        z = z - (softmax(z)[0] - P).mul_(rate.to(P).unsqueeze(-1) * (1 - t / T))
-    log_p = torch.full_like(log_qN, -math.inf).scatter(-1, tokens, log_softmax(z.gather(-1, tokens)))
-    return log_p, s.sum(-1).argmax(-1), total > 0
+        log_qM = torch.zeros_like(reading.log_qN)
+    log_p = contrast(reading.log_qN, log_qM, alpha)
+    return torch.where(alone & (alpha == 0).unsqueeze(1), reading.log_qN, log_p), M_index
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,7 @@
 import re
 from itertools import accumulate
 from os import PathLike
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from janus_dola.trace import DoLaTrace
+from typing import Any
 
 STEPS_PER_PANEL = 40
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -76,8 +73,8 @@ def cut(pieces: list[str], width: int) -> int:
     return sum(total <= width for total in accumulate(map(len, pieces)))
 
 
-def draw(trace: "DoLaTrace", path: str | PathLike[str], tokenizer: Any, sequence: int) -> None:
-    """Layers up, steps across in panels of `STEPS_PER_PANEL`, JSD as colour. See `DoLaTrace.heatmap`."""
+def draw(trace: Any, path: str | PathLike[str], tokenizer: Any, sequence: int) -> None:
+    """Draws a `DoLaTrace`: layers up, steps across in panels of `STEPS_PER_PANEL`, JSD as color."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,25 +1,24 @@
 """Log-probabilities of given continuations, from one teacher-forced forward pass."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from janus_dola.config import DoLaConfig, by_row
-from janus_dola.dola_runtime import choose, read
-from janus_dola.exits import ExitView, generating_model, path_to
-
-if TYPE_CHECKING:
-    from janus_dola.wrapper import DoLaJanusWrapper
+from janus_dola.dola_runtime import read
+from janus_dola.exits import ExitView, path_to
+from janus_dola.methods import choose
 
 CHUNK_ELEMENTS = 2**22  # of float32 logits in a chunk: 16 MiB in each of the about ten tensors that a chunk needs
 
 
 @torch.no_grad()
-def score(
-    self: "DoLaJanusWrapper",
+def score_continuations(
+    model: Any,
+    config: DoLaConfig,
     inputs_embeds: Tensor | None = None,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -36,6 +35,8 @@ def score(
     reads it (without penalties), in chunks, so that memory does not grow with the length of the continuations.
 
     Args:
+        model: As `generating_model` gives it.
+        config: The configuration to score under.
         inputs_embeds: Prompts, [rows, P, d], padded on the left. Or else `input_ids`, [rows, P]. A single prompt is
             shared by all continuations, and run once.
         attention_mask: 0 on the prompts' padding, [rows, P]; all 1 by default.
@@ -51,31 +52,29 @@ def score(
     Raises:
         ValueError: A shape, a mask, an id or a config does not fit.
     """
-    model = generating_model(self.model)
     embed = model.get_input_embeddings()
     V = model.config.get_text_config().vocab_size
-    prompt, mask, ids, known = _check(
+    prompt, mask, ids, present = _check(
         embed, V, inputs_embeds, input_ids, attention_mask, continuation_ids, continuation_mask, apc_floor, chunk_size
     )
-    every = by_row([self.config] if configs is None else configs, self.num_layers)
-    layers, candidates, strength, methods = every
-    candidates, strength = candidates.to(ids.device), strength.to(ids.device, torch.float32)
-    dynamic = any(every.dynamic)
+    by_config = by_row([config] if configs is None else configs, len(model.get_decoder().layers))
+    candidates, strength = by_config.candidates.to(ids.device), by_config.strength.to(ids.device, torch.float32)
+    dynamic = any(method.dynamic for method in by_config.methods)
     phi = _readout(model)
 
-    result = torch.zeros(len(methods), *ids.shape, device=ids.device)  # [configs, rows, T]
+    result = torch.zeros(len(by_config.methods), *ids.shape, device=ids.device)  # [configs, rows, T]
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // (V * (1 + len(layers))))
-    rows, positions = known.nonzero(as_tuple=True)  # [n]
-    hidden = _forward(model, layers, prompt, mask, ids, known)  # [n, J + 1, d]
+        chunk_size = max(1, CHUNK_ELEMENTS // (V * (1 + len(by_config.layers))))
+    rows, positions = present.nonzero(as_tuple=True)  # [n]
+    hidden = _forward(model, by_config.layers, prompt, mask, ids, present)  # [n, J + 1, d]
     for start in range(0, len(rows), chunk_size):
         part = slice(start, start + chunk_size)
         tokens = ids[rows[part], positions[part]].unsqueeze(1)  # [c, 1]
         logits = phi(hidden[part]).to(ids.device)  # [c, J + 1, V]
         reading = read(logits[:, -1], logits[:, :-1], dynamic)
-        for i, method in enumerate(methods):
+        for i, method in enumerate(by_config.methods):
             each = candidates[i].expand(len(tokens), -1), strength[i].expand(len(tokens))
-            log_p = choose(reading, *each, *method)[0].gather(1, tokens).squeeze(1)  # [c]
+            log_p = choose(reading, *each, method.name, method.top_k)[0].gather(1, tokens).squeeze(1)  # [c]
             result[i, rows[part], positions[part]] = log_p.masked_fill(log_p == -torch.inf, apc_floor).to(result)
     return result[0] if configs is None else result
 
@@ -100,15 +99,15 @@ def _readout(model: Any) -> Callable[[Tensor], Tensor]:
     return phi
 
 
-def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, known: Tensor) -> Tensor:
-    """The hidden states that predict the n known continuation tokens, normed: of each exit, then h_N, [n, J + 1, d]."""
+def _forward(model: Any, layers: tuple[int, ...], prompt: Tensor, mask: Tensor, ids: Tensor, present: Tensor) -> Tensor:
+    """The hidden states that predict the n tokens present, normed: of each exit, then h_N, [n, J + 1, d]."""
     rows, T = ids.shape
-    new = model.get_input_embeddings()(ids[:, :-1].where(known[:, :-1], 0))  # the last one predicts nothing
-    mask = torch.cat([mask.expand(rows, -1), known[:, :-1].to(mask)], dim=1)  # [rows, P + T - 1]
+    new = model.get_input_embeddings()(ids[:, :-1].where(present[:, :-1], 0))  # the last one predicts nothing
+    mask = torch.cat([mask.expand(rows, -1), present[:, :-1].to(mask)], dim=1)  # [rows, P + T - 1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them
 
     def keep(hidden: Tensor) -> Tensor:
-        return hidden[:, -T:][known.to(hidden.device)]  # a copy [n, d]: the prompt's are not kept
+        return hidden[:, -T:][present.to(hidden.device)]  # a copy [n, d]: the prompt's are not kept
 
     view = ExitView(model, layers, keep)
     decoder = view.own(path_to(model.get_decoder(), model))
@@ -185,16 +184,16 @@ def _check(
             f"continuation_ids must be of shape [{'rows' if prompts == 1 else prompts}, T], a row for each prompt or "
             f"all for the only one; got {list(continuation_ids.shape)}"
         )
-    known = torch.ones_like(continuation_ids) if continuation_mask is None else continuation_mask
-    if known.shape != continuation_ids.shape:
+    present = torch.ones_like(continuation_ids) if continuation_mask is None else continuation_mask
+    if present.shape != continuation_ids.shape:
         raise ValueError(
             f"continuation_mask must be of continuation_ids' shape {list(continuation_ids.shape)}, "
-            f"got {list(known.shape)}"
+            f"got {list(present.shape)}"
         )
-    ids, known = continuation_ids.to(prompt.device), known.to(prompt.device, torch.long)
-    _check_mask("continuation_mask", "1, then 0 on the right (padding)", known.flip(-1), empty=True)
-    _check_ids("continuation_ids", ids[known.bool()], V)
-    return prompt, mask, ids, known.bool()
+    ids, present = continuation_ids.to(prompt.device), present.to(prompt.device, torch.long)
+    _check_mask("continuation_mask", "1, then 0 on the right (padding)", present.flip(-1), empty=True)
+    _check_ids("continuation_ids", ids[present.bool()], V)
+    return prompt, mask, ids, present.bool()
 
 
 def _check_mask(name: str, allowed: str, mask: Tensor, empty: bool = False) -> None:

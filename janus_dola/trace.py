@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from janus_dola.config import Rows
+from janus_dola.heatmap import draw
 
 FORMAT = "janus-dola trace 1"
 
@@ -49,9 +50,10 @@ class DoLaTrace:
         if layers not in ("candidates", "all"):
             raise ValueError(f'layers must be "candidates" or "all", got {layers!r}')
         self.traces_all = layers == "all"
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets what was recorded."""
         self.num_layers = 0
         self.alpha: float | list[float] = 0.0
         self.method: str | list[str] = "dola"
@@ -61,61 +63,11 @@ class DoLaTrace:
         self.mature_logprobs = self.logprobs = torch.zeros(0, 0)
         self.jsd = torch.zeros(0, 0, 0)
         self.lengths = torch.zeros(0, dtype=torch.long)
-        self._recorder: _Recorder | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DoLaTrace) and self._lines() == other._lines()
 
     __hash__ = None  # type: ignore[assignment]  # equal by content, and the content changes
-
-    # The wrapper's side: start, then record and chosen in each step, then finish. Nothing here waits for the device
-    # before finish.
-
-    def start(self, num_layers: int, rows: Rows, num_beams: int, eos: Any) -> None:
-        """Forgets what was recorded; rows are as `config.by_row` gives them."""
-        self._clear()
-        layers, candidates, strength, methods = rows
-        self.num_layers, self.traced_layers = num_layers, layers
-        self.candidate_layers = tuple(j for j, any_row in zip(layers, candidates.any(0), strict=True) if any_row)
-        alphas, names = strength.tolist(), [method for method, _ in methods]
-        self.alpha = alphas if len(set(alphas)) > 1 else alphas[0]
-        self.method = names if len(set(names)) > 1 else names[0]
-        self._recorder = _Recorder(num_beams, eos, torch.tensor([*layers, num_layers]))
-
-    def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> None:
-        """One step, for all rows (sequences or beams), before its tokens are chosen.
-
-        Args:
-            input_ids: The rows so far, [rows, t].
-            log_qN, log_p: [rows, V], log p̂ with −∞ outside V_head.
-            M_index: Index into the traced layers, J for N, [rows].
-            jsd: [rows, J].
-        """
-        if self._recorder is not None:
-            self._recorder.record(input_ids, log_qN, log_p, M_index, jsd)
-
-    def chosen(self, input_ids: Tensor) -> None:
-        """The same step's tokens: the rows, or with beams any number of continuations of each, [C, t + 1]."""
-        if self._recorder is not None:
-            self._recorder.chosen(input_ids)
-
-    def finish(self, sequences: Tensor, pad: int | None) -> None:
-        """Picks the steps of the sequences that `generate` returns, [S, prompt + T]."""
-        recorder, self._recorder = self._recorder, None
-        if recorder is None or not recorder.steps:
-            return
-        found = recorder.follow(sequences.cpu())
-        self.tokens = tokens = sequences[:, recorder.prompt_length :].to("cpu", torch.long, copy=True)  # [S, T]
-        self.lengths = lengths = answer_lengths(tokens, recorder.eos, pad)
-        past = torch.arange(tokens.shape[1]) >= lengths.unsqueeze(1)  # [S, T]
-        self.mature_tokens = torch.where(past, tokens, found["mature_tokens"])
-        self.layers = found["layers"].masked_fill(past, 0)
-        self.head_sizes = found["head_sizes"].masked_fill(past, 0)
-        self.mature_logprobs = found["mature_logprobs"].masked_fill(past, 0)
-        self.logprobs = found["logprobs"].masked_fill(past, 0)
-        self.jsd = found["jsd"].masked_fill(past.unsqueeze(-1), 0)
-
-    # The reader's side.
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes JSON lines: a header, then one object per sequence with a list entry per step.
@@ -131,7 +83,7 @@ class DoLaTrace:
         """Reads what `save` wrote; equal to what was saved.
 
         Raises:
-            ValueError: The file is no trace.
+            ValueError: The file is not a trace.
         """
         try:
             head, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
@@ -193,44 +145,51 @@ class DoLaTrace:
             raise ValueError(f"sequence must be one of the {len(self.lengths)} in the trace, got {sequence!r}")
         if not self.traced_layers:
             raise ValueError('nothing to draw: no layer was traced; DoLaTrace(layers="all") traces all')
-        from janus_dola.heatmap import draw
-
         draw(self, path, tokenizer, sequence)
 
 
-class TraceCriteria(StoppingCriteria):
-    """Stops nothing: transformers shows stopping criteria the tokens that a step chose, and the trace looks on."""
+class Recorder(StoppingCriteria):
+    """Records the steps of a generation on its device, and fills the trace at the end; no value is looked at before.
 
-    def __init__(self, trace: DoLaTrace) -> None:
-        self.trace = trace
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.trace.chosen(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Recorder:
-    """The steps of a generation in progress, on its device; no value is looked at before the end.
+    The processor tells it what a step computed. As a stopping criterion, which stops nothing, it is shown the tokens
+    that the step chose.
 
     With beams, rows are reordered in each step, and `generate` may not say how. But beams with the same tokens so far
-    have the same content, so a row is as good as its tokens: `follow` looks for the row that holds the returned
+    have the same content, so a row is as good as its tokens: `_follow` looks for the row that holds the returned
     sequence's beginning. A full [rows, V] is kept only until the step's tokens are known.
 
     Args:
+        trace: The trace to fill; what was in it is forgotten.
+        num_layers: N.
+        rows: As `config.by_row` gives them.
         num_beams: Rows per item of the batch among which rows move; 1 if they stay.
         eos: The end-of-sequence token or tokens, or None.
-        layers: Those that an index of M stands for, [J + 1].
     """
 
-    def __init__(self, num_beams: int, eos: Any, layers: Tensor) -> None:
-        self.num_beams = num_beams
-        self.layers = layers
+    def __init__(self, trace: DoLaTrace, num_layers: int, rows: Rows, num_beams: int, eos: Any) -> None:
+        trace.clear()
+        trace.num_layers, trace.traced_layers = num_layers, rows.layers
+        any_row = rows.candidates.any(0).tolist()
+        trace.candidate_layers = tuple(j for j, candidate in zip(rows.layers, any_row, strict=True) if candidate)
+        alphas, names = rows.strength.tolist(), [method.name for method in rows.methods]
+        trace.alpha = alphas if len(set(alphas)) > 1 else alphas[0]
+        trace.method = names if len(set(names)) > 1 else names[0]
+        self.trace, self.num_beams = trace, num_beams
+        self.layers = torch.tensor([*rows.layers, num_layers])  # those that an index of M stands for, [J + 1]
         self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         self.prompt_length = 0
         self.steps: list[dict[str, Tensor]] = []
         self._distributions: tuple[Tensor, Tensor] | None = None  # log q_N, log p̂ of the current step
 
     def record(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> None:
+        """One step, for all rows (sequences or beams), before its tokens are chosen.
+
+        Args:
+            input_ids: The rows so far, [rows, t].
+            log_qN, log_p: [rows, V], log p̂ with −∞ outside V_head.
+            M_index: Index into the traced layers, J for N, [rows].
+            jsd: [rows, J].
+        """
         if not self.steps:
             self.prompt_length = input_ids.shape[1]
             self.layers = self.layers.to(M_index.device)
@@ -250,11 +209,14 @@ class _Recorder:
         self._distributions = (log_qN, log_p)
         self.steps.append(step)
 
-    def chosen(self, input_ids: Tensor) -> None:
-        if self._distributions is None:
-            return
-        log_qN, log_p = self._distributions
-        self._distributions = None
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """The same step's tokens: the rows, or with beams any number of continuations of each, [C, t + 1]."""
+        if self._distributions is not None:
+            self._choose(input_ids, *self._distributions)
+            self._distributions = None
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _choose(self, input_ids: Tensor, log_qN: Tensor, log_p: Tensor) -> None:
         step, C = self.steps[-1], len(input_ids)
         tokens = input_ids[:, -1].to(log_p.device)  # [C]
         rows = torch.arange(C, device=log_p.device)
@@ -273,7 +235,22 @@ class _Recorder:
         step["mature_logprobs"] = log_qN[step["rows"], step["tokens"]].float()
         step["logprobs"] = log_p[step["rows"], step["tokens"]].float()
 
-    def follow(self, sequences: Tensor) -> dict[str, Tensor]:
+    def finish(self, sequences: Tensor, pad: int | None) -> None:
+        """Fills the trace with the steps of the sequences that `generate` returns, [S, prompt + T]."""
+        if not self.steps:
+            return
+        trace, found = self.trace, self._follow(sequences.cpu())
+        trace.tokens = tokens = sequences[:, self.prompt_length :].to("cpu", torch.long, copy=True)  # [S, T]
+        trace.lengths = answer_lengths(tokens, self.eos, pad)
+        past = torch.arange(tokens.shape[1]) >= trace.lengths.unsqueeze(1)  # [S, T]
+        trace.mature_tokens = torch.where(past, tokens, found["mature_tokens"])
+        trace.layers = found["layers"].masked_fill(past, 0)
+        trace.head_sizes = found["head_sizes"].masked_fill(past, 0)
+        trace.mature_logprobs = found["mature_logprobs"].masked_fill(past, 0)
+        trace.logprobs = found["logprobs"].masked_fill(past, 0)
+        trace.jsd = found["jsd"].masked_fill(past.unsqueeze(-1), 0)
+
+    def _follow(self, sequences: Tensor) -> dict[str, Tensor]:
         """The recorded values along the sequences [S, prompt + T]: name -> [S, T, ...]."""
         generated = sequences[:, self.prompt_length :]
         S, T = generated.shape
@@ -295,8 +272,8 @@ class _Recorder:
         prefixes = step["prefixes"].cpu().unflatten(0, (-1, self.num_beams))[item]  # [S, B, t]
         row = (prefixes == generated[:, None, :t]).all(-1).int().argmax(-1) + self.num_beams * item  # [S]
         hit = (step["rows"].cpu() == row[:, None]) & (step["tokens"].cpu() == generated[:, t, None])  # [S, C]
-        index, known = hit.int().argmax(-1), hit.any(-1)
-        log_q, log_p = (step[name].cpu()[index].where(known, -torch.inf) for name in ("mature_logprobs", "logprobs"))
+        index, recorded = hit.int().argmax(-1), hit.any(-1)
+        log_q, log_p = (step[name].cpu()[index].where(recorded, -torch.inf) for name in ("mature_logprobs", "logprobs"))
         return row, log_q, log_p
 
 

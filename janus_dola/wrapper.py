@@ -1,113 +1,21 @@
 """`DoLaJanusWrapper`: Janus with DoLa in its text decoding, and nothing else changed."""
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor
 
 from janus_dola.call import Call
-from janus_dola.config import DoLaConfig, Rows, by_row
-from janus_dola.dola_runtime import choose, read
+from janus_dola.config import DoLaConfig, by_row
 from janus_dola.exits import ExitView, generating_model, shallow_copy
-from janus_dola.score import score
-from janus_dola.trace import DoLaTrace, TraceCriteria
-
-# On the CPU so many numbers of [rows, J, V] at a time: memory that was just used costs half as much as fresh memory.
-# Elsewhere all rows at once: what costs is starting kernels.
-CPU_CHUNK = 2**20
-
-
-def formulas(
-    logits: Tensor, exits: Tensor, candidates: Tensor, strength: Tensor, kind: tuple[str, int, bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`read`, then `choose`: log q_N, log p̂, M and the JSD of some rows of one kind (method, top_k, dynamic)."""
-    method, top_k, dynamic = kind
-    reading = read(logits, exits, dynamic)
-    return reading.log_qN, *choose(reading, candidates, strength, method, top_k), reading.jsd
-
-
-@functools.cache
-def compiled_formulas(backend: str | Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`formulas`, for calls whose forward pass is compiled: on a GPU 19 kernels in place of 40.
-
-    Never with CUDA graphs, whatever the mode of the forward pass: scores may be kept from step to step. Nor with
-    fullgraph, which makes an error of PyTorch's limit of compilations a function; else the next one runs as it is.
-    """
-    return torch.compile(formulas, backend=backend)
-
-
-class DoLaLogitsProcessor(LogitsProcessor):
-    """Replaces the final layer's scores by log p̂.
-
-    transformers runs the caller's processors after its own penalties and before temperature, top-k and top-p, which is
-    where DoLa belongs; so one processor serves greedy search, sampling and beams.
-
-    Args:
-        logits: Gives those of the step: of the exits [rows, J, V], J may be 0, and of the final layer [rows, V].
-        rows: What `config.by_row` makes of the configurations, one per prompt; one prompt stands for all.
-        outside: The score outside V_head.
-        trace: A `DoLaTrace`, is told what happened at each step.
-        beams: Whether the scores are log-probabilities, as in beam search, and not logits.
-        backend: Tells by which compiler the forward pass was compiled; the formulas then are, too. None: it was not.
-    """
-
-    def __init__(
-        self,
-        logits: Callable[[], tuple[Tensor, Tensor]],
-        rows: Rows,
-        outside: float,
-        trace: Any = None,
-        beams: bool = False,
-        backend: Callable[[], str | Callable[..., Any] | None] = lambda: None,
-    ) -> None:
-        self.logits, self.outside, self.trace, self.beams, self.backend = logits, outside, trace, beams, backend
-        _, self.candidates, self.strength, methods = rows
-        # Of each row its method, top_k, and whether its JSD are needed.
-        self.kinds = [(*m, trace is not None or dynamic) for m, dynamic in zip(methods, rows.dynamic, strict=True)]
-        self.same = rows.changes_nothing  # the baseline bit for bit, traced or not
-        self.lost = torch.tensor(False)  # rows whose logits were NaN, [rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
-        each = len(scores) // len(self.kinds)  # rows of a prompt: beams, or sequences to return; the first step tells
-        self.candidates, self.strength = self.candidates.to(scores.device), self.strength.to(scores)
-        if each > 1:
-            self.candidates = self.candidates.repeat_interleave(each, 0)
-            self.strength = self.strength.repeat_interleave(each)
-            self.kinds = [kind for kind in self.kinds for _ in range(each)]
-        exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
-        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
-        parts = zip(*(self._step(rows, scores, exits, final) for rows in self._chunks(n)), strict=True)
-        log_qN, log_p, M_index, jsd = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
-        self.lost = self.lost.to(scores.device) | log_qN[:, 0].isnan()  # one NaN makes NaN of its row
-        if self.trace is not None:
-            self.trace.record(input_ids, log_qN, log_p, M_index, jsd)
-        if self.same:
-            return scores
-        return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
-
-    def _chunks(self, n: int) -> Iterator[slice]:
-        """Runs of rows of a kind, at most n long."""
-        start = 0
-        for _, run in groupby(self.kinds):
-            end = start + len(list(run))
-            yield from (slice(first, min(first + n, end)) for first in range(start, end, n))
-            start = end
-
-    def _step(self, rows: slice, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
-        kind, logits, backend = self.kinds[rows.start], scores[rows], self.backend()
-        if self.beams and kind[0] == "sled":  # it compares logits of layers: a constant matters to it alone
-            logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
-        step = formulas if backend is None else compiled_formulas(backend)
-        return step(logits, exits[rows], self.candidates[rows], self.strength[rows], kind)
+from janus_dola.processor import DoLaLogitsProcessor, NaNWatch
+from janus_dola.score import score_continuations
+from janus_dola.trace import DoLaTrace, Recorder
 
 
 class DoLaJanusWrapper:
@@ -139,16 +47,26 @@ class DoLaJanusWrapper:
             model._compiled if isinstance(model, DoLaJanusWrapper) else {}
         )
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy compiles views of its own
+    def __getstate__(self) -> dict[str, Any]:  # compiled views are not copied
         return vars(self) | {"_compiled": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # or it would be looked for on the model, not there yet
+    def __setstate__(self, state: dict[str, Any]) -> None:  # `__getattr__` needs `model`, which is not set yet
         vars(self).update(state)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    score = score
+    def score(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Log-probabilities of given continuations: `score.score_continuations`, which see, with `config`.
+
+        Args:
+            args, kwargs: Its prompt (`inputs_embeds` or `input_ids`, `attention_mask`), `continuation_ids`,
+                `continuation_mask`, and `configs`.
+
+        Returns:
+            float32 [rows, T]; [configs, rows, T] if `configs` is given.
+        """
+        return score_continuations(generating_model(self.model), self.config, *args, **kwargs)
 
     @property
     def language_model(self) -> Any:
@@ -188,7 +106,7 @@ class DoLaJanusWrapper:
         for name in ("trace", "configs"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} must be None without DoLa: config.use_dola_lm is False")
-        return Call(generating_model(self.model), args, kwargs).run()
+        return self._run(Call(generating_model(self.model), args, kwargs))
 
     def generate_with_dola(
         self, *args: Any, trace: DoLaTrace | None = None, configs: Sequence[DoLaConfig] | None = None, **kwargs: Any
@@ -224,21 +142,28 @@ class DoLaJanusWrapper:
         if configs is not None and len(configs) != call.rows:
             raise ValueError(f"configs must be one for each of the {call.rows} prompts, got {len(configs)}")
         if trace is None and rows.changes_nothing:
-            return call.run()
+            return self._run(call)
         num_beams = call.get("num_beams") or 1
         outside = -1e9 if num_beams > 1 and call.get("do_sample") else -math.inf
-        criterion = None if trace is None else TraceCriteria(trace)
-        if trace is not None:
-            trace.start(N, rows, num_beams, call.get("eos_token_id"))
+        eos = call.get("eos_token_id")
+        recorder = None if trace is None else Recorder(trace, N, rows, num_beams, eos)
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
         with self._view(model, rows.layers, whole) as view:
-            processor = DoLaLogitsProcessor(view.take, rows, outside, trace, num_beams > 1, view.backend)
-            output = call.run(processor, criterion, view.model)
-        if processor.lost.any():
-            lost = processor.lost.nonzero().flatten().tolist()
-            warnings.warn(f"logits are NaN in rows {lost}; float16? try bfloat16", RuntimeWarning, stacklevel=2)
-        if trace is not None:
-            trace.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
+            record = None if recorder is None else recorder.record
+            processor = DoLaLogitsProcessor(view.take, rows, outside, record, num_beams > 1, view.backend)
+            output = self._run(call, [processor], recorder, view.model)
+        if recorder is not None:
+            recorder.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
+        return output
+
+    @staticmethod
+    def _run(call: Call, processors: Sequence[LogitsProcessor] = (), *more: Any) -> Any:
+        """What `call.run` returns; warns of NaN, unless the caller watches for it with a `NaNWatch`."""
+        watch = NaNWatch()
+        watched = any(isinstance(processor, NaNWatch) for processor in call.get("logits_processor") or ())
+        output = call.run([*processors] if watched else [watch, *processors], *more)
+        if rows := watch.rows():
+            warnings.warn(f"logits are NaN in rows {rows}; float16? try bfloat16", RuntimeWarning, stacklevel=3)
         return output
 
     @contextmanager

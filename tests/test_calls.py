@@ -14,9 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.config import by_row
-from janus_dola.dola_runtime import choose, log_softmax, read
+from janus_dola.dola_runtime import log_softmax, read
 from janus_dola.exits import ExitView
-from janus_dola.wrapper import DoLaLogitsProcessor
+from janus_dola.methods import choose
+from janus_dola.processor import DoLaLogitsProcessor
+from janus_dola.trace import Recorder
 
 # The Python API.
 
@@ -120,7 +122,7 @@ def test_without_any_exit_that_is_finite_there_is_nothing_to_subtract(
     on_V_head = log_softmax(log_q.masked_fill(log_q < log_q.max() + math.log(0.05), -torch.inf))
     torch.testing.assert_close(got[1:2], on_V_head, atol=1e-6, rtol=0)
     torch.testing.assert_close(got[[0, 2]], want[[0, 2]], atol=0, rtol=0)
-    for dynamic in (True, False)[: 3 - J + 1]:
+    for dynamic in [True, False] if J == 1 else [True]:
         reading = read(final, exits, dynamic)
         log_p, M_index = choose(reading, torch.ones(3, J, dtype=torch.bool), torch.zeros(3))
         assert M_index[1] == J and (M_index[[0, 2]] < J).all()  # J stands for the final layer
@@ -196,7 +198,7 @@ def test_after_a_fault_the_next_call_is_right(
     model: Any, prompt: dict[str, Any], answer: Tensor, monkeypatch: pytest.MonkeyPatch, point: str, at: int
 ) -> None:
     """At the prompt, and in the third step."""
-    decoder, library = model.language_model.model, sys.modules[DoLaJanusWrapper.__module__]
+    decoder, library = model.language_model.model, sys.modules[DoLaLogitsProcessor.__module__]
     wrapper, prompt, before, count = DoLaJanusWrapper(model), prompt | {"max_new_tokens": 4}, hooks(model), 0
     one = {name: prompt[name][:1] for name in ("inputs_embeds", "attention_mask")}
 
@@ -227,7 +229,7 @@ def test_after_a_fault_the_next_call_is_right(
         elif point in ("read", "choose"):
             failing(library, point)
         elif point == "trace":
-            failing(trace, "record")
+            failing(Recorder, "record")
         try:
             with pytest.raises(Fault):
                 wrapper.generate(**(prompt | arguments))

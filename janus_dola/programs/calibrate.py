@@ -16,7 +16,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from janus_dola.config import METHODS, DoLaConfig
+from janus_dola.config import DoLaConfig
+from janus_dola.methods import METHODS
 from janus_dola.programs.engine import Outcome, Task
 from janus_dola.programs.measures import BASELINE, is_right, summarize, yes_or_no
 from janus_dola.programs.options import ManyConfig, config_files, read_config

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor
 
 from janus.utils.io import load_pil_images
 from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
+from janus_dola.processor import NaNWatch
 from janus_dola.programs.errors import first_line
 from janus_dola.programs.measures import is_right
 from janus_dola.programs.prompts import Prompt, encode_continuations
@@ -77,25 +77,6 @@ class Task:
         text, tokens, layers, _ = outcome.answers[0]
         correct = {} if prompt.form is None else {"correct": is_right(prompt, text)}
         return {"text": text, "tokens": tokens, "layers": layers} | correct
-
-
-class NaNWatch(LogitsProcessor):
-    """Changes nothing: notes which rows' logits were NaN, as in float16 that overflowed, without waiting for them."""
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.isnan().any(-1))  # [rows]
-        return scores
-
-    def errors(self, prompts: int) -> list[str | None]:
-        """For each prompt what went wrong, in its first such step, or None."""
-        steps = torch.stack(self.steps).unflatten(1, (prompts, -1)).any(-1).cpu()  # [T, prompts]
-        return [
-            f"logits are NaN at token {int(column.int().argmax()) + 1}; float16? try bfloat16" if column.any() else None
-            for column in steps.T
-        ]
 
 
 def answer_many(

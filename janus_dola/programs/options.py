@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -211,7 +210,6 @@ def usage(schema: type, default: Path | None) -> str:
 
 def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a program: an error of the user's is one line on stderr and exit code 2."""
-    warnings.filterwarnings("ignore", "logits are NaN", RuntimeWarning)  # the program's own line says so
     try:
         sys.exit(run(sys.argv[1:]) or 0)
     except (ValueError, OSError, ImportError) as error:  # a file that cannot be written, an extra not installed

@@ -13,6 +13,7 @@ from oracle import oracle_contrast, oracle_deco, oracle_jsd, oracle_sled
 from scipy.special import softmax
 
 from janus_dola import dola_runtime as dola
+from janus_dola.methods import choose
 
 LOGITS = st.floats(-30, 30, width=32)
 
@@ -125,7 +126,7 @@ def test_fallback_M_is_N_is_q_N_and_not_uniform() -> None:
     log_qN = torch.log_softmax(torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 1.0]]), -1)
     none = dola.read(log_qN, torch.zeros(2, 0, 3))
     assert none.jsd.shape == (2, 0)
-    log_p, M_index = dola.choose(none, torch.ones(2, 0, dtype=torch.bool), torch.tensor([0.0, 0.5]))
+    log_p, M_index = choose(none, torch.ones(2, 0, dtype=torch.bool), torch.tensor([0.0, 0.5]))
     assert M_index.tolist() == [0, 0]  # J, which stands for N
     assert torch.equal(log_p[0], none.log_qN[0])
     np.testing.assert_allclose(log_p[1].exp(), [0, 0, 1], atol=1e-7)
@@ -233,7 +234,7 @@ def test_a_step_compiles_to_one_graph(method: str) -> None:
     """No value of a tensor is looked at, which would also make the GPU wait."""
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return dola.choose(dola.read(*inputs[:2]), *inputs[2:], method)
+        return choose(dola.read(*inputs[:2]), *inputs[2:], method)
 
     inputs = torch.randn(2, 50), torch.randn(2, 3, 50), torch.ones(2, 3, dtype=torch.bool), of_rows(2, 0.1)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -248,12 +249,12 @@ def test_each_row_has_its_own_candidates_and_alpha(
     """A row of a batch is what it is alone, with the exits that are its candidates and no others."""
     alpha = [data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])) for _ in range(3)]
     rows = tensor(candidates, torch.bool), torch.tensor(alpha)
-    log_p, M_index = dola.choose(dola.read(tensor(logits_N), tensor(logits_j)), *rows)
+    log_p, M_index = choose(dola.read(tensor(logits_N), tensor(logits_j)), *rows)
     for row in range(3):
         own = candidates[row].nonzero()[0]
         reading = dola.read(tensor(logits_N[row : row + 1]), tensor(logits_j[row : row + 1, own]))
         every = torch.ones(1, len(own), dtype=torch.bool)
-        alone, index = dola.choose(reading, every, torch.tensor(alpha[row : row + 1]))
+        alone, index = choose(reading, every, torch.tensor(alpha[row : row + 1]))
         assert M_index[row] == (own[index] if index < len(own) else 4)
         torch.testing.assert_close(log_p[row], alone[0], atol=1e-5, rtol=1e-5)
         if not len(own) and not alpha[row]:
@@ -274,7 +275,7 @@ def decode(
     """log p̂ [rows, V] under all exits."""
     candidates = torch.ones(exits.shape[:2], dtype=torch.bool)
     reading = dola.read(tensor(z_N, dtype), tensor(exits, dtype), False)
-    return dola.choose(reading, candidates, torch.full((len(z_N),), strength, dtype=dtype), method, top_k)[0]
+    return choose(reading, candidates, torch.full((len(z_N),), strength, dtype=dtype), method, top_k)[0]
 
 
 TILT = np.arange(40, dtype=np.float32) * np.float32(0.0137)  # added to logits: few are equal then
@@ -316,12 +317,12 @@ def test_deco_takes_the_surest_exit_on_C_alone() -> None:
     sure, less = np.log(np.array([0.1, 0.8, 0.05, 0.05])), np.log(np.array([0.7, 0.1, 0.1, 0.1]))
     exits = np.stack([sure_of_another, less, sure])[None]
     reading = dola.read(tensor(z_N), tensor(exits), False)
-    log_p, M_index = dola.choose(reading, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")
+    log_p, M_index = choose(reading, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")
     assert M_index.tolist() == [2] and log_p.argmax().item() == 1
     only = torch.tensor([[True, True, False]])
-    assert dola.choose(reading, only, torch.tensor([2.0]), "deco")[1].tolist() == [1]
+    assert choose(reading, only, torch.tensor([2.0]), "deco")[1].tolist() == [1]
     twice = dola.read(tensor(z_N), tensor(np.stack([less, sure, sure])[None]), False)
-    assert dola.choose(twice, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")[1].tolist() == [1]
+    assert choose(twice, torch.ones(1, 3, dtype=torch.bool), torch.tensor([2.0]), "deco")[1].tolist() == [1]
 
 
 @settings(max_examples=50)
@@ -394,14 +395,14 @@ def test_each_row_of_deco_and_sled_has_its_own_candidates(
     z_N = z_N + TILT[:9]
     before = z_N.copy(), exits.copy()
     reading = dola.read(tensor(z_N), tensor(exits), False)
-    log_p, M_index = dola.choose(reading, tensor(candidates, torch.bool), strength, method, 4)
+    log_p, M_index = choose(reading, tensor(candidates, torch.bool), strength, method, 4)
     np.testing.assert_array_equal(before[0], z_N)
     np.testing.assert_array_equal(before[1], exits)
     for row in range(3):
         own = [j for j in candidates[row].nonzero()[0] if (row, j) != (0, 1)]
         alone = dola.read(tensor(z_N[row : row + 1]), tensor(exits[row : row + 1, own]), False)
         every = torch.ones(1, len(own), dtype=torch.bool)
-        want, index = dola.choose(alone, every, strength[row : row + 1], method, 4)
+        want, index = choose(alone, every, strength[row : row + 1], method, 4)
         torch.testing.assert_close(log_p[row], want[0], atol=1e-5, rtol=1e-5)
         if method == "deco" or not own:
             assert M_index[row] == (own[index] if index < len(own) else 4)

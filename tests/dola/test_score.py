@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola import wrapper as wrapper_module
-from janus_dola.wrapper import DoLaLogitsProcessor
+from janus_dola.processor import DoLaLogitsProcessor
 
 EOS = 481
 CONFIGS = [

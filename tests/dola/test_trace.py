@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
-from janus_dola import wrapper as wrapper_module
+from janus_dola import processor as processor_module
 
 EOS = 481
 ALPHA = 0.5
@@ -136,8 +136,8 @@ def test_a_row_at_a_time_is_all_rows_at_once(
     wrapper = DoLaJanusWrapper(model, config)
     arguments = prompt | arguments | {"return_dict_in_generate": True, "output_scores": True}
     results = []
-    for chunk in (wrapper_module.CPU_CHUNK, 1):
-        monkeypatch.setattr(wrapper_module, "CPU_CHUNK", chunk)
+    for chunk in (processor_module.CPU_CHUNK, 1):
+        monkeypatch.setattr(processor_module, "CPU_CHUNK", chunk)
         trace = DoLaTrace("all")
         results.append((wrapper.generate_with_dola(**arguments, trace=trace), trace))
     (once, trace_once), (parts, trace_parts) = results

@@ -1,0 +1,133 @@
+"""The logits processors of a call: DoLa's, which puts log p̂ in place of the scores, and a watch for NaN."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from janus_dola.config import Method, Rows
+from janus_dola.dola_runtime import read
+from janus_dola.methods import choose
+
+# Elements of [rows, J, V] at a time on the CPU: memory that was just used costs half as much as fresh memory.
+# Elsewhere all rows at once: what costs is starting kernels.
+CPU_CHUNK = 2**20
+
+
+def formulas(
+    logits: Tensor, exits: Tensor, candidates: Tensor, strength: Tensor, method: Method
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`read`, then `choose`: log q_N, log p̂, M and the JSD of some rows of one method."""
+    reading = read(logits, exits, method.dynamic)
+    return reading.log_qN, *choose(reading, candidates, strength, method.name, method.top_k), reading.jsd
+
+
+@functools.cache
+def compiled_formulas(backend: str | Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`formulas`, for calls whose forward pass is compiled: on a GPU 19 kernels in place of 40.
+
+    Never with CUDA graphs, whatever the mode of the forward pass: scores may be kept from step to step. Nor with
+    fullgraph, which makes an error of PyTorch's limit of compilations a function; else the next one runs as it is.
+    """
+    return torch.compile(formulas, backend=backend)
+
+
+def expand(rows: Rows, each: int, like: Tensor) -> Rows:
+    """The rows of `each` beams, or returned sequences, of each prompt, on the device and in the dtype of `like`."""
+    candidates, strength = rows.candidates.to(like.device), rows.strength.to(like)
+    if each == 1:
+        return rows._replace(candidates=candidates, strength=strength)
+    methods = [method for method in rows.methods for _ in range(each)]
+    return Rows(rows.layers, candidates.repeat_interleave(each, 0), strength.repeat_interleave(each), methods)
+
+
+class DoLaLogitsProcessor(LogitsProcessor):
+    """Replaces the final layer's scores by log p̂. It serves one call of `generate`: make a new one for the next.
+
+    transformers runs the caller's processors after its own penalties and before temperature, top-k and top-p, which is
+    where DoLa belongs; so one processor serves greedy search, sampling and beams.
+
+    Args:
+        logits: Gives those of the step: of the exits [rows, J, V], J may be 0, and of the final layer [rows, V].
+        rows: What `config.by_row` makes of the configurations, one per prompt; one prompt stands for all.
+        outside: The score outside V_head.
+        record: Is told what happened at each step, as `trace.Recorder.record` is.
+        beams: Whether the scores are log-probabilities, as in beam search, and not logits.
+        backend: Tells by which compiler the forward pass was compiled; the formulas then are, too. None: it was not.
+    """
+
+    def __init__(
+        self,
+        logits: Callable[[], tuple[Tensor, Tensor]],
+        rows: Rows,
+        outside: float,
+        record: Callable[..., None] | None = None,
+        beams: bool = False,
+        backend: Callable[[], str | Callable[..., Any] | None] = lambda: None,
+    ) -> None:
+        self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
+        self.changes_nothing = rows.changes_nothing  # the baseline bit for bit, traced or not
+        if record is not None:  # it shows the JSD of every row
+            rows = rows._replace(methods=[method._replace(dynamic=True) for method in rows.methods])
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
+        self.rows = expand(self.rows, len(scores) // len(self.rows.methods), scores)  # the first step tells how many
+        exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
+        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
+        parts = [self._step(part, scores, exits, final) for part in self._parts(n)]
+        log_qN, log_p, M_index, jsd = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        if self.record is not None:
+            self.record(input_ids, log_qN, log_p, M_index, jsd)
+        if self.changes_nothing:
+            return scores
+        return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
+
+    def _parts(self, n: int) -> Iterator[slice]:
+        """Runs of rows of one method, at most n long."""
+        start = 0
+        for _, run in groupby(self.rows.methods):
+            end = start + len(list(run))
+            yield from (slice(first, min(first + n, end)) for first in range(start, end, n))
+            start = end
+
+    def _step(self, part: slice, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
+        method, logits, backend = self.rows.methods[part.start], scores[part], self.backend()
+        if self.beams and method.name == "sled":  # it compares logits of layers: a constant matters to it alone
+            logits = logits + final[part].to(logits).logsumexp(-1, keepdim=True)
+        step = formulas if backend is None else compiled_formulas(backend)
+        return step(logits, exits[part], self.rows.candidates[part], self.rows.strength[part], method)
+
+
+class NaNWatch(LogitsProcessor):
+    """Changes nothing: notes which rows' logits are NaN, as in float16 that overflowed, without waiting for the device.
+
+    One that a caller of `DoLaJanusWrapper` passes as its own processor takes the place of the wrapper's warning.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.amax(-1).isnan())  # [rows]; NaN is the maximum of what holds one
+        return scores
+
+    def rows(self) -> list[int]:
+        """The rows whose logits were NaN in any step."""
+        return torch.stack(self.steps).any(0).nonzero().flatten().tolist() if self.steps else []
+
+    def errors(self, prompts: int) -> list[str | None]:
+        """For each prompt what went wrong, in its first such step, or None."""
+        if not self.steps:
+            return [None] * prompts
+        steps = torch.stack(self.steps).unflatten(1, (prompts, -1)).any(-1).cpu()  # [T, prompts]
+        return [
+            f"logits are NaN at token {int(column.int().argmax()) + 1}; float16? try bfloat16" if column.any() else None
+            for column in steps.T
+        ]
