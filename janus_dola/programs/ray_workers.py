@@ -52,8 +52,8 @@ class Worker:
             self.loaded = checkpoint.load(self.config)
         own = [{"dola": DoLaConfig(**prompt["dola"]), "choices": tuple(prompt["choices"])} for prompt in prompts]
         batch = [Prompt(**prompt | typed) for prompt, typed in zip(prompts, own, strict=True)]
-        how = (self.config.generation, self.config.batch_size, self.config.seed)
-        return answer_many(*self.loaded, batch, self.task, *how, done)
+        (model, processor), config = self.loaded, self.config
+        return answer_many(model, processor, batch, self.task, config.generation, config.batch_size, config.seed, done)
 
 
 @contextmanager

@@ -81,8 +81,9 @@ def answer_file(
                 answers = answer_with_workers(config, task, dtype, prompts, done)
             else:
                 model = DoLaJanusWrapper(checkpoint.load_model(config, model_config))
-                how = (config.generation, config.batch_size, config.seed)
-                answers = answer_many(model, processor, prompts, task, *how, done)
+                answers = answer_many(
+                    model, processor, prompts, task, config.generation, config.batch_size, config.seed, done
+                )
             with closing(answers):
                 for line in lines_of(task, answers):
                     results.write([line if "error" in line else line | {"prompt": prints[line["id"]]}])
