@@ -40,7 +40,7 @@ class AllocatorOptions:
 
 
 def work(layers: int, threads: int) -> None:
-    """A process: for each line that comes in, milliseconds and page faults of a step."""
+    """Runs in each process: prints milliseconds and page faults of a step for each line that it reads."""
     torch.set_num_threads(threads)
     vocab_size = SHAPES["1b"][-1]
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

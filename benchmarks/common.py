@@ -1,4 +1,4 @@
-"""What the benchmarks share: models and prompts to decode with, what is timed in several of them, the machine."""
+"""What the benchmarks share: the models, the prompts, a step's arithmetic, and the description of the machine."""
 
 import math
 import platform
@@ -47,7 +47,7 @@ class Threads:
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the product of the options."""
+    """What one row of a table measures: `layers` is J, the number of candidate layers."""
 
     shape: str
     batch: int
@@ -110,7 +110,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def prompt_for(model: Any, workload: Workload, length: int) -> dict[str, Any]:
-    """Arguments of `generate` but for the number of new tokens: `length` embeddings a sequence, as images give."""
+    """The arguments of `generate` except the number of new tokens; the prompts are `length` embeddings per sequence."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(workload.batch, length, weight.shape[1], generator=generator) * 0.02
@@ -124,7 +124,7 @@ def prompt_for(model: Any, workload: Workload, length: int) -> dict[str, Any]:
 
 
 def compile_config(model: Any) -> CompileConfig:
-    """transformers' default, which on the CPU it does not use unless told to."""
+    """transformers' default; on the CPU, transformers compiles only if it is told to."""
     if model.device.type == "cuda":
         return CompileConfig()
     config = CompileConfig(mode="default")
@@ -133,7 +133,7 @@ def compile_config(model: Any) -> CompileConfig:
 
 
 def device_of(shape: str, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What "auto" stands for; random weights are in bfloat16, like the published ones."""
+    """The device and dtype that "auto" stands for; random weights are in bfloat16, like the published ones."""
     return pick_device(device, "bfloat16" if dtype == "auto" and shape != "demo" else dtype)
 
 
@@ -196,6 +196,6 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_machine(about: dict[str, Any]) -> str:
-    """What `machine` found."""
+    """One line of what `machine` found."""
     where = f"{about['gpu'] or about['cpu']}, {about['threads']} threads, Python {about['python']}"
     return f"{where}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}"

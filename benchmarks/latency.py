@@ -42,9 +42,9 @@ class LatencyOptions(common.Threads):
         batch, beams: Sequences, and beams of each.
         compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is of the same kind.
         layers: J, the number of candidate layers.
-        variants: Some of `VARIANTS`, baseline first.
+        variants: Some of baseline, dola, deco, sled, one call per exit, hidden states; baseline first.
         rounds: Each runs all variants once.
-        prompt, tokens: Length of the prompt, and of the answer.
+        prompt, tokens: Embeddings in the prompt, and new tokens; there is no end of sequence.
         device: auto, or a PyTorch device.
         dtype: auto is bfloat16 for random weights, and what `pick_device` says for the demo.
         threads: PyTorch threads on the CPU; 0 leaves PyTorch's own number.
@@ -96,7 +96,7 @@ class LatencyOptions(common.Threads):
 
 
 def one_call_per_exit(model: Any, layers: tuple[int, ...]) -> tuple[Any, Callable[[], Tensor]]:
-    """How other implementations read the exits: `lm_head` once for each. The model to run, and what gives its exits."""
+    """Exits as other implementations read them, one `lm_head` call each. Returns the model to run and a reader."""
     view = ExitView(model, layers, keep=lambda hidden: hidden[:, -1:].clone())
 
     def exits() -> Tensor:
@@ -148,7 +148,7 @@ def decode(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> An
 
 
 class Clock(StoppingCriteria):
-    """Stops nothing: notes when each token is chosen, which a compiled forward pass does not see."""
+    """Records when each token is chosen, outside the compiled forward pass. Stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -62,7 +62,7 @@ class ProfileOptions(common.Threads):
 
 @contextmanager
 def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
-    """Within it the profiler sees the parts of a step by these names."""
+    """Labels the parts of a step for the profiler; yields their names."""
 
     def label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -84,7 +84,7 @@ def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
 
 
 class Start(StoppingCriteria):
-    """Stops nothing: starts a profiler once two tokens are chosen."""
+    """Starts a profiler once two tokens are chosen. Stops nothing."""
 
     def __init__(self, profiler: Any) -> None:
         self.profiler, self.chosen, self.time = profiler, 0, 0.0

@@ -78,7 +78,7 @@ def load_shape(options: ThroughputOptions) -> tuple[DoLaJanusWrapper, Any]:
 
 
 def questions(processor: Any, count: int) -> list[Prompt]:
-    """The kinds of question take turns, so that answers are short and long ones."""
+    """Prompts of all kinds of question by turns, so that short and long answers are mixed."""
     prompts = []
     for i, (scene, question) in enumerate(examples("test", SEED, count)):
         turns = build_conversation(ModelConfig().roles, question.text, [scene.render()])

@@ -110,7 +110,7 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names and steps."""
+        """The name and the number of steps of each stage."""
         return {"vision": self.vision_steps, "text": self.text_steps, "sight": self.sight_steps}
 
 
@@ -486,7 +486,7 @@ def train(
     validation_questions: int = 300,
     stop_at: int | None = None,
 ) -> tuple[MultiModalityCausalLM, VLChatProcessor]:
-    """Trains, or goes on from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
+    """Trains, or resumes from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
 
     Args:
         recipe: A state in `work` must be of the same one.
