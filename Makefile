@@ -24,6 +24,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy janus_dola janus inference_dola.py demo benchmarks
+	.venv/bin/lint-imports
 
 # janus_dola on the oldest transformers it supports, in an environment of its own.
 test-floor: .venv-floor/installed
