@@ -1,6 +1,5 @@
 # `make demo` and `make test` set up everything they need in .venv, from the versions in constraints.txt.
 PYTHON ?= python3
-VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
 .PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web clean
 
@@ -25,6 +24,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy janus_dola janus inference_dola.py demo benchmarks
+	.venv/bin/lint-imports
 
 # janus_dola on the oldest transformers it supports, in an environment of its own.
 test-floor: .venv-floor/installed
@@ -50,34 +50,24 @@ test-eval: .venv-eval/installed
 test-web: .venv-web/installed
 	.venv-web/bin/python -m pytest tests/web
 
-.venv/installed: constraints.txt pyproject.toml
-	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
-	touch $@
+# Each environment: its extras, and its versions where they are not those of constraints.txt.
+constraints = constraints.txt
+.venv/installed: extras = viz,test
+.venv-floor/installed: extras = test
+.venv-floor/installed: constraints = constraints-floor.txt
+.venv-interop/installed: extras = interop
+.venv-ray/installed: extras = ray,test
+.venv-serve/installed: extras = serve,test
+.venv-eval/installed: extras = eval,serve,test
+.venv-eval/installed: without_dependencies = lmms-eval
+.venv-web/installed: extras = test-web
+.venv-web/installed: constraints = constraints-web.txt
 
-.venv-floor/installed: constraints-floor.txt pyproject.toml
-	$(VENV_PIP) constraints-floor.txt --editable '.[test]'
-	touch $@
-
-.venv-interop/installed: constraints.txt pyproject.toml
-	$(VENV_PIP) constraints.txt --editable '.[interop]'
-	touch $@
-
-.venv-ray/installed: constraints-ray.txt pyproject.toml
-	$(VENV_PIP) constraints-ray.txt --editable '.[ray,test]'
-	touch $@
-
-.venv-serve/installed: constraints-serve.txt pyproject.toml
-	$(VENV_PIP) constraints-serve.txt --editable '.[serve,test]'
-	touch $@
-
-.venv-eval/installed: constraints-eval.txt pyproject.toml
-	$(VENV_PIP) constraints-eval.txt --editable '.[eval,serve,test]'
-	$(@D)/bin/python -m pip install --quiet --constraint constraints-eval.txt --no-deps lmms-eval
-	touch $@
-
-.venv-web/installed: constraints-web.txt pyproject.toml
-	$(VENV_PIP) constraints-web.txt --editable '.[test-web]'
+%/installed: $(wildcard constraints*.txt) pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --editable '.[$(extras)]'
+	$(if $(without_dependencies),$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --no-deps $(without_dependencies))
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve .venv-web
+	rm -rf .venv .venv-*

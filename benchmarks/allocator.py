@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.latency import SHAPES, Setting, arithmetic, at_least, in_words, machine
+from benchmarks.common import SHAPES, Workload, arithmetic, at_least, describe_machine, machine
 from janus_dola.programs.options import read_config, run_program
 
 KEPT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 @dataclass
-class Options:
-    """The command line.
+class AllocatorOptions:
+    """The keys of the command line.
 
     Attributes:
         rounds: How often each process has its turn.
         processes: How many there are.
         layers: J.
-        threads: Of PyTorch in each.
+        threads: PyTorch threads per process.
     """
 
     rounds: int = 12
@@ -40,19 +40,19 @@ class Options:
 
 
 def work(layers: int, threads: int) -> None:
-    """A process: for each line that comes in, milliseconds and page faults of a step."""
+    """Runs in each process: prints milliseconds and page faults of a step for each line that it reads."""
     torch.set_num_threads(threads)
     vocab_size = SHAPES["1b"][-1]
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes)).bfloat16()  # type: ignore[arg-type]
     with torch.inference_mode():
         for _ in sys.stdin:
-            seconds, faults = arithmetic(model, Setting("1b", 1, layers, 1))
+            seconds, faults = arithmetic(model, Workload("1b", 1, layers, 1))
             print(f"{seconds * 1e3:.2f} ms, {faults:.0f}", flush=True)
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
+    options = read_config(AllocatorOptions, argv, None)
     command = [sys.executable, "-m", "benchmarks.allocator", "work", str(options.layers), str(options.threads)]
     workers = [
         subprocess.Popen(
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         for i in range(options.processes)
     ]
     print(f"`{' '.join(['python -m benchmarks.allocator', *argv])}`\n")
-    print(f"{in_words(machine(torch.device('cpu')))}. Median of 30 steps, and page faults of each.\n")
+    print(f"{describe_machine(machine(torch.device('cpu')))}. Median of 30 steps, and page faults of each.\n")
     print("| round |", " | ".join("kept" if i % 2 else "as it is" for i in range(options.processes)), "|")
     print("|--:" * (options.processes + 1) + "|")
     for number in range(options.rounds):

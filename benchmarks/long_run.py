@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
 
-from benchmarks.latency import at_least, machine
+from benchmarks.common import Threads, at_least, describe_machine, machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs.checkpoint import load
 from janus_dola.programs.options import ModelConfig, read_config, run_program
@@ -25,8 +25,8 @@ KINDS = ("off", "on", "trace", "beams", "stream")
 
 
 @dataclass
-class Options:
-    """The command line.
+class LongRunOptions(Threads):
+    """The keys of the command line.
 
     Attributes:
         model_path: A checkpoint; the golden one by default.
@@ -34,7 +34,7 @@ class Options:
         warm_up: How many come before that.
         tokens: New tokens of each.
         prompt: Length of the prompts.
-        threads: Of PyTorch on the CPU; 0 leaves them as they are.
+        threads: PyTorch threads on the CPU; 0 leaves PyTorch's own number.
     """
 
     model_path: str = str(GOLDEN)
@@ -45,7 +45,7 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for key, minimum in (("generations", 2), ("warm_up", 0), ("tokens", 1), ("prompt", 1), ("threads", 0)):
+        for key, minimum in (("generations", 2), ("warm_up", 0), ("tokens", 1), ("prompt", 1)):
             at_least(key, getattr(self, key), minimum)
 
 
@@ -79,9 +79,8 @@ def slope(values: Sequence[float]) -> float:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = read_config(LongRunOptions, argv, None)
+    options.set_threads()
     loaded, processor = load(ModelConfig(model_path=options.model_path, device="cpu", dtype="float32"))
     model, tokenizer = loaded.model, processor.tokenizer
     wrappers = {use: DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=use)) for use in (False, True)}
@@ -107,9 +106,8 @@ def run(argv: Sequence[str]) -> None:
         if i >= options.warm_up:
             memory.append(resident())
     growth = slope(memory)
-    about = machine(torch.device("cpu"))
     print(" ".join(["python -m benchmarks.long_run", *argv]))
-    print(f"{about['cpu']}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}")
+    print(describe_machine(machine(torch.device("cpu"))))
     print(f"generations  {options.generations} after {options.warm_up}: {', '.join(KINDS)} by turns")
     print(f"resident     {memory[0] / 2**20:.1f} MiB at first, {memory[-1] / 2**20:.1f} at last")
     print(f"slope        {growth:.0f} bytes per generation")

@@ -19,19 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 from transformers import StoppingCriteria
 
-from benchmarks.latency import (
-    SHAPES,
-    Setting,
-    at_least,
-    build,
-    candidates,
-    device_of,
-    generate,
-    in_words,
-    machine,
-    prompt_for,
-    synchronize,
-)
+from benchmarks import common
 from janus_dola import processor
 from janus_dola.exits import ExitView
 from janus_dola.programs.options import read_config, run_program
@@ -48,11 +36,11 @@ OTHER = "rest of generate"
 
 
 @dataclass
-class Options:
-    """The command line.
+class ProfileOptions(common.Threads):
+    """The keys of the command line.
 
     Attributes:
-        shape, layers, compiled, prompt, tokens, device, dtype, threads: As of `benchmarks.latency`, one value each.
+        shape, layers, compiled, prompt, tokens, device, dtype, threads: As for `benchmarks.latency`, one value each.
     """
 
     shape: str = "1b"
@@ -62,20 +50,19 @@ class Options:
     tokens: int = 17
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.shape not in ("demo", *SHAPES):
-            raise ValueError(f"shape must be one of demo, {', '.join(SHAPES)}, got {self.shape!r}")
-        for key, minimum in (("layers", 1), ("prompt", 1), ("tokens", 3), ("threads", 0)):
-            at_least(key, getattr(self, key), minimum)
-        if self.shape in SHAPES:  # the demo's number of layers is known once it is loaded
-            candidates(SHAPES[self.shape][0], self.layers)
+        if self.shape not in ("demo", *common.SHAPES):
+            raise ValueError(f"shape must be one of demo, {', '.join(common.SHAPES)}, got {self.shape!r}")
+        for key, minimum in (("layers", 1), ("prompt", 1), ("tokens", 3)):
+            common.at_least(key, getattr(self, key), minimum)
+        if self.shape in common.SHAPES:  # the demo's number of layers is known once it is loaded
+            common.candidates(common.SHAPES[self.shape][0], self.layers)
 
 
 @contextmanager
 def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
-    """Within it the profiler sees the parts of a step by these names."""
+    """Labels the parts of a step for the profiler; yields their names."""
 
     def label(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -97,7 +84,7 @@ def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
 
 
 class Start(StoppingCriteria):
-    """Stops nothing: starts a profiler once two tokens are chosen."""
+    """Starts a profiler once two tokens are chosen. Stops nothing."""
 
     def __init__(self, profiler: Any) -> None:
         self.profiler, self.chosen, self.time = profiler, 0, 0.0
@@ -105,7 +92,7 @@ class Start(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.chosen += 1
         if self.chosen == 2:
-            synchronize(input_ids.device)
+            common.synchronize(input_ids.device)
             self.profiler.start()
             self.time = time.perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -118,11 +105,11 @@ def steps_of(
     cuda = model.device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
     if compiled:  # now, not under the profiler
-        generate(model, variant, J, max_new_tokens=tokens, **prompt)
+        common.generate(model, variant, J, max_new_tokens=tokens, **prompt)
     start = Start(profiler)
     with labelled(model, compiled) as names:
-        generate(model, variant, J, max_new_tokens=tokens, stopping_criteria=[start], **prompt)
-        synchronize(model.device)
+        common.generate(model, variant, J, max_new_tokens=tokens, stopping_criteria=[start], **prompt)
+        common.synchronize(model.device)
         seconds = time.perf_counter() - start.time
         profiler.stop()
     steps = tokens - 2
@@ -152,19 +139,19 @@ def operations(event: Any, cuda: bool) -> int:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device, dtype = device_of(options.shape, options.device, options.dtype)
+    options = read_config(ProfileOptions, argv, None)
+    options.set_threads()
+    device, dtype = common.device_of(options.shape, options.device, options.dtype)
     tables: dict[str, dict[str, tuple[float, float]]] = {}
     with torch.inference_mode():
-        model = DoLaJanusWrapper(build(options.shape, device, dtype))
-        setting = Setting(options.shape, 1, options.layers, 1, options.compiled)
-        prompt = prompt_for(model, setting, options.prompt)
+        model = DoLaJanusWrapper(common.build(options.shape, device, dtype))
+        workload = common.Workload(options.shape, 1, options.layers, 1, options.compiled)
+        prompt = common.prompt_for(model, workload, options.prompt)
         for variant in tqdm(("baseline", "dola"), disable=None):
             tables[variant] = steps_of(model, variant, options.layers, prompt, options.tokens, options.compiled)
     print(f"`{' '.join(['python -m benchmarks.profile_step', *argv])}`\n")
-    print(f"{in_words(machine(device))}. A step in {dtype}, under the profiler, which slows it.\n")
+    machine = common.describe_machine(common.machine(device))
+    print(f"{machine}. A step in {dtype}, under the profiler, which slows it.\n")
     print("| | baseline ms | operations | dola ms | operations |\n|---|--:|--:|--:|--:|")
     for name in (*tables["dola"], "total"):
         cells = []

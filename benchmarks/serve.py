@@ -16,15 +16,15 @@ from typing import Any
 import openai
 import torch
 
-from benchmarks.latency import at_least, machine
+from benchmarks.common import at_least, describe_machine, machine
 from janus_dola.programs.options import read_config, run_program
 
 IMAGE = Path(__file__).parents[1] / "demo" / "images" / "scene.png"
 
 
 @dataclass
-class Options:
-    """The command line.
+class ServeOptions:
+    """The keys of the command line.
 
     Attributes:
         model: The folder that is served, as the server was given it.
@@ -48,7 +48,7 @@ class Options:
             at_least("clients, requests and rounds", value, 1)
 
 
-def measure(options: Options, clients: int, use_dola_lm: bool) -> float:
+def measure(options: ServeOptions, clients: int, use_dola_lm: bool) -> float:
     """Requests a minute."""
     picture = "data:image/png;base64," + base64.b64encode(Path(options.image).read_bytes()).decode()
     content: Any = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": options.question}]
@@ -69,15 +69,14 @@ def measure(options: Options, clients: int, use_dola_lm: bool) -> float:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
+    options = read_config(ServeOptions, argv, None)
     measure(options, 1, True)  # the first request loads the model
-    settings = [(clients, use_dola_lm) for clients in options.clients for use_dola_lm in (False, True)]
-    found: dict[tuple[int, bool], list[float]] = {setting: [] for setting in settings}
+    cells = [(clients, use_dola_lm) for clients in options.clients for use_dola_lm in (False, True)]
+    found: dict[tuple[int, bool], list[float]] = {cell: [] for cell in cells}
     for _ in range(options.rounds):
-        for setting in settings:
-            found[setting].append(measure(options, *setting))
-    about = machine(torch.device("cpu"))
-    print(f"{about['cpu']}, torch {about['torch']}, transformers {about['transformers']}, {about['date']}\n")
+        for cell in cells:
+            found[cell].append(measure(options, *cell))
+    print(f"{describe_machine(machine(torch.device('cpu')))}\n")
     print("| clients | DoLa off | DoLa on |\n|--:|--:|--:|")
     for clients in options.clients:
         print(f"| {clients} | {median(found[clients, False]):.0f} | {median(found[clients, True]):.0f} |")

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import torch
-
-from benchmarks.latency import DEMO, SHAPES, at_least, build, device_of, in_words, machine, quartiles
+from benchmarks.common import DEMO, SHAPES, Threads, at_least, build, describe_machine, device_of, machine, quartiles
 from demo.evaluate import SEED
 from demo.scenes import examples
 from janus.models.projector import MlpProjector
@@ -32,17 +30,17 @@ ASKED = {
 
 
 @dataclass
-class Options:
-    """The command line.
+class ThroughputOptions(Threads):
+    """The keys of the command line.
 
     Attributes:
         shape: demo (the demo checkpoint), or 1b, 7b, tiny: its vision tower before that language model of
             `benchmarks.latency`, whose weights are random, so that every answer has all its tokens.
         batch: Questions answered together, a value or a list.
         questions: How many are asked, a multiple of each batch.
-        tokens: Of an answer, at most.
+        tokens: The most tokens of an answer.
         rounds: Each runs all batches with all numbers of configurations.
-        device, dtype, threads: As of `benchmarks.latency`.
+        device, dtype, threads: As for `benchmarks.latency`.
     """
 
     shape: str = "demo"
@@ -52,7 +50,6 @@ class Options:
     rounds: int = 3
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.shape not in ("demo", *SHAPES):
@@ -62,13 +59,13 @@ class Options:
         self.batch = as_list(self.batch)
         for value in self.batch:
             at_least("batch", value, 1)
-        for key, minimum in (("questions", 1), ("tokens", 1), ("rounds", 1), ("threads", 0)):
+        for key, minimum in (("questions", 1), ("tokens", 1), ("rounds", 1)):
             at_least(key, getattr(self, key), minimum)
         if any(self.questions % batch for batch in self.batch):
             raise ValueError(f"questions must be a multiple of each batch, {self.batch}, got {self.questions}")
 
 
-def load_shape(options: Options) -> tuple[DoLaJanusWrapper, Any]:
+def load_shape(options: ThroughputOptions) -> tuple[DoLaJanusWrapper, Any]:
     """The wrapped model of a shape, and the demo's processor."""
     device, dtype = device_of(options.shape, options.device, options.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -81,7 +78,7 @@ def load_shape(options: Options) -> tuple[DoLaJanusWrapper, Any]:
 
 
 def questions(processor: Any, count: int) -> list[Prompt]:
-    """The kinds of question take turns, so that answers are short and long ones."""
+    """Prompts of all kinds of question by turns, so that short and long answers are mixed."""
     prompts = []
     for i, (scene, question) in enumerate(examples("test", SEED, count)):
         turns = build_conversation(ModelConfig().roles, question.text, [scene.render()])
@@ -93,7 +90,7 @@ def answer(
     model: DoLaJanusWrapper,
     processor: Any,
     prompts: Sequence[Prompt],
-    options: Options,
+    options: ThroughputOptions,
     batch: int,
     asked: list[DoLaConfig],
 ) -> tuple[list[Outcome], float]:
@@ -114,9 +111,8 @@ def answer(
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = read_config(ThroughputOptions, argv, None)
+    options.set_threads()
     model, processor = load_shape(options)
     prompts = questions(processor, options.questions)
     cells = list(product(options.batch, ASKED))
@@ -127,7 +123,7 @@ def run(argv: Sequence[str]) -> None:
         for batch, name in cells[first:] + cells[:first]:
             found[batch, name].append(answer(model, processor, prompts, options, batch, ASKED[name])[1])
     print(f"`{' '.join(['python -m benchmarks.throughput', *argv])}`\n")
-    print(f"{in_words(machine(model.device))}. Answers a minute by configurations: median (quartiles).\n")
+    print(f"{describe_machine(machine(model.device))}. Answers a minute by configurations: median (quartiles).\n")
     print(f"| batch | {' | '.join(ASKED)} |\n|--:|{'--:|' * len(ASKED)}")
     for batch in options.batch:
         quarters = (quartiles(found[batch, name]) for name in ASKED)

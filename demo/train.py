@@ -77,17 +77,19 @@ class Recipe:
     """What, besides the code, decides the weights that come out.
 
     Attributes:
-        seed: Of weights and lessons.
+        seed: Seed for the weights and the lessons.
         vision_steps, text_steps, sight_steps: Optimizer steps of the three stages.
         text_every: One step in so many of the last stage is of text alone.
-        layers: Of the decoder.
-        pictures: In a step of the first stage.
-        scenes: In a step of the others.
+        layers: Number of decoder layers.
+        pictures: Pictures in a step of the first stage.
+        scenes: Scenes in a step of the other stages.
         turns: Questions about each of those scenes.
         peak_lr: Reached after `warmup` steps of a stage; a half cosine takes it to a fiftieth at the stage's last step.
-        init_std: Of the initial linear weights; those that write to the residual stream get less, see `new_model`.
-        vision_weight: Of the first stage's loss in the other steps with pictures.
-        embed_std: Of the initial embeddings of words and places, which the first layers would drown if it were small.
+        init_std: Standard deviation of the initial linear weights; those that write to the residual stream get less,
+            see `new_model`.
+        vision_weight: Weight of the first stage's loss in the other steps with pictures.
+        embed_std: Standard deviation of the initial embeddings of tokens and positions, which the first layers would
+            drown if it were small.
     """
 
     seed: int = 1
@@ -108,7 +110,7 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, int]:
-        """Names and steps."""
+        """The name and the number of steps of each stage."""
         return {"vision": self.vision_steps, "text": self.text_steps, "sight": self.sight_steps}
 
 
@@ -374,7 +376,7 @@ def picture(scene: Scene, index: int, foggy: float = FOGGY) -> Image.Image:
 
 
 def vision_loss(features: Tensor, classify: torch.nn.Module, scenes: Sequence[Scene]) -> Tensor:
-    """How badly each image token tells its quarter of the picture, and the colour and the shape that are there.
+    """How badly each image token tells its quarter of the picture, and the color and the shape that are there.
 
     Args:
         features: What the aligner gives, [B, image tokens, D].
@@ -452,7 +454,7 @@ def validate(model: MultiModalityCausalLM, lessons: Lessons, count: int) -> dict
 
 
 def learning_rate(recipe: Recipe, steps: int, step: int) -> float:
-    """Of a step of a stage that has so many."""
+    """Learning rate of step `step` in a stage of `steps` steps: linear warm-up, then half a cosine."""
     warm = min(1.0, (step + 1) / recipe.warmup)
     return recipe.peak_lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
 
@@ -484,7 +486,7 @@ def train(
     validation_questions: int = 300,
     stop_at: int | None = None,
 ) -> tuple[MultiModalityCausalLM, VLChatProcessor]:
-    """Trains, or goes on from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
+    """Trains, or resumes from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
 
     Args:
         recipe: A state in `work` must be of the same one.

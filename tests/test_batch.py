@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, CHECKPOINT, GOLDEN, Fails
+from conftest import CASES, CHECKPOINT, Fails
+from helpers import TALL, TEXT, WIDE, cli_arguments, golden_lines, read, write
 
 from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
@@ -22,35 +23,6 @@ from janus_dola.programs.results import Results
 from janus_dola.programs.runs import lines_of
 
 ROOT = Path(__file__).parents[1]
-
-IMAGES = GOLDEN / "expected" / "images"
-WIDE = {"images": [str(IMAGES / "wide.png")], "question": "What is in the image?"}
-TALL = {"images": [str(IMAGES / "tall.png")], "question": "Describe the picture in detail."}
-TEXT = {"question": "What is the capital of France?"}
-
-
-def golden_lines() -> list[dict[str, Any]]:
-    lines = []
-    for name, case in CASES.items():
-        for i, turns in enumerate(case["conversations"]):
-            given = [
-                turn | {"images": [str(GOLDEN / "expected" / image) for image in turn.get("images", [])]}
-                for turn in turns[:-1]
-            ]
-            lines.append({"id": f"{name}/{i}", "conversation": given})
-    return lines
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
-
-def read(path: Path) -> dict[Any, dict[str, Any]]:
-    """id -> line; no id may come twice."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({json.dumps(line["id"]) for line in lines}) == len(lines)
-    return {line["id"]: line for line in lines}
 
 
 @pytest.fixture
@@ -72,13 +44,6 @@ def ask(tmp_path: Path, model: Any, processor: Any) -> Any:
         return read(tmp_path / name)
 
     return ask
-
-
-def cli_arguments(folder: Path, *more: str, prompts: str = "prompts.jsonl") -> list[str]:
-    return [
-        f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=6", f"prompts={folder / prompts}",
-        f"output={folder / 'out.jsonl'}", *more,
-    ]  # fmt: skip
 
 
 def test_every_batch_size_gives_the_answers_of_one_at_a_time(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Fails
-from test_batch import IMAGES, TALL, TEXT, WIDE, cli_arguments, read, write
+from helpers import IMAGES, TALL, TEXT, WIDE, cli_arguments, read, write
 
 from janus_dola.programs import answer, report
 from janus_dola.programs.results import Results

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import allocator, latency, long_run, profile_step, throughput
+from benchmarks import allocator, common, latency, long_run, profile_step, throughput
 from janus_dola import DoLaJanusWrapper
 from janus_dola.programs.options import read_config
 
@@ -35,8 +35,8 @@ def test_latency_writes_json_and_markdown(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_peak_memory_is_of_the_run() -> None:
-    options = read_config(latency.Options, TINY, None)
-    peak = latency.peak_memory(options, latency.Setting("tiny", 2, 2, 1), "dola")
+    options = read_config(latency.LatencyOptions, TINY, None)
+    peak = latency.peak_memory(options, common.Workload("tiny", 2, 2, 1), "dola")
     assert 50 * 2**20 < peak < 64 * 2**30
 
 
@@ -45,10 +45,10 @@ def test_peak_memory_is_of_the_run() -> None:
 def test_variants_decode_what_dola_decodes(variant: str, beams: int) -> None:
     """Otherwise their times would not be comparable."""
     with torch.inference_mode():
-        model = DoLaJanusWrapper(latency.build("tiny", torch.device("cpu"), torch.float32))
-        prompt = latency.prompt_for(model, latency.Setting("tiny", 2, 2, beams), 9) | {"max_new_tokens": 6}
+        model = DoLaJanusWrapper(common.build("tiny", torch.device("cpu"), torch.float32))
+        prompt = common.prompt_for(model, common.Workload("tiny", 2, 2, beams), 9) | {"max_new_tokens": 6}
         prompt |= {"return_dict_in_generate": True, "output_scores": True}
-        want, got = (latency.generate(model, name, 2, **prompt) for name in ("dola", variant))
+        want, got = (latency.decode(model, name, 2, **prompt) for name in ("dola", variant))
         assert torch.equal(got.sequences, want.sequences)
         assert torch.allclose(torch.stack(got.scores), torch.stack(want.scores), atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_long_run_reports_the_slope(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("shape", ["demo", "tiny"])
 def test_throughput_counts_the_answers(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"shape={shape}", "questions=2", "batch=[1,2]", "tokens=3", "rounds=1", "device=cpu"]
-    options = read_config(throughput.Options, given, None)
+    options = read_config(throughput.ThroughputOptions, given, None)
     model, processor = throughput.load_shape(options)
     prompts = throughput.questions(processor, 2)
     for name, asked in throughput.ASKED.items():

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, EOS, GOLDEN, Fails
+from conftest import CHECKPOINT, EOS, Fails
+from helpers import LINES
+from helpers import calibrate_arguments as arguments
 from omegaconf import OmegaConf
 
 from janus.models import VLChatProcessor
@@ -18,7 +20,6 @@ from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import Prompt, normalise, read_prompts, yes_or_no
 
 ROOT = Path(__file__).parents[1]
-IMAGES = GOLDEN / "expected" / "images"
 
 
 def outcome(off: list[int], on: list[int]) -> tuple[list[Prompt], list[dict[str, Any]]]:
@@ -71,20 +72,7 @@ def test_normalise() -> None:
     assert normalise("two") != normalise("ten")
 
 
-LINES = [
-    {"images": [str(IMAGES / "wide.png")], "question": "What is in the image?", "answer": "A red circle."},
-    {"question": "What is the capital of France?", "answer": "Paris"},
-    {"images": [str(IMAGES / "tall.png")], "question": "Which?", "choices": ["one", "three four"], "answer": 0},
-    {"question_id": 7, "image": "square.png", "text": "Is there a dog in the image?", "label": "no"},
-]
 BROKEN = ["{not json", json.dumps({"images": ["nowhere.png"], "question": "Q", "answer": "A"}), json.dumps({"a": 1})]
-
-
-def arguments(folder: Path, *more: str) -> list[str]:
-    return [
-        f"model_path={CHECKPOINT}", "device=cpu", f"data={folder / 'val.jsonl'}", f"output={folder / 'mine.yaml'}",
-        f"image_root={IMAGES}", "generation.max_new_tokens=6", "alphas=[0.1]", *more,
-    ]  # fmt: skip
 
 
 @pytest.fixture

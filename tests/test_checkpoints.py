@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKPOINT, GOLDEN
-from safetensors.torch import load_file, save_file
+from helpers import WEIGHTS, copy_without_weights
+from helpers import write_checkpoint as write
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,38 +23,6 @@ from janus.models.stored_sizes import stored_shapes
 from janus.utils.io import load_pretrained_model
 
 UNUSED = ("vision_model.vision_tower.attn_pool.latent", "gen_vision_model.quantize.codebook_used")
-WEIGHTS = load_file(CHECKPOINT / "model.safetensors")
-
-
-def copy_without_weights(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    for file in CHECKPOINT.iterdir():
-        if file.name != "model.safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def write(folder: Path, layout: str, weights: dict[str, Tensor]) -> Path:
-    """A checkpoint of `weights`, in one file or in two shards with an index."""
-    copy_without_weights(folder)
-    kind, parts = layout.split("-")
-    stem, end = ("model", ".safetensors") if kind == "safetensors" else ("pytorch_model", ".bin")
-    names = sorted(weights)
-    shards = [names] if parts == "1" else [names[::2], names[1::2]]
-    index: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"{stem}{end}" if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}{end}"
-        part = {name: weights[name] for name in shard}
-        if kind == "safetensors":
-            save_file(part, folder / file, metadata={"format": "pt"})
-        else:
-            torch.save(part, folder / file)
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        size = sum(weight.nbytes for weight in weights.values())
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index})
-        (folder / f"{stem}{end}.index.json").write_text(text, encoding="utf-8")
-    return folder
 
 
 def logits(model: Any, expected: dict[str, Tensor]) -> Tensor:

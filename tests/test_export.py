@@ -17,10 +17,9 @@ import pytest
 import torch
 import transformers
 from conftest import CHECKPOINT, Fails, export, load_model
+from helpers import WEIGHTS, copy_without_weights, write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_checkpoints import WEIGHTS, copy_without_weights
-from test_checkpoints import write as write_checkpoint
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForImageTextToText,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINT, GOLDEN
-from test_batch import read, write
+from helpers import read, write
 
 from janus_dola import programs
 from janus_dola.programs.options import ModelConfig, read_config

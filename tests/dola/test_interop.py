@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import ALPHA, GREEDY, IDS, LAYERS, MASK, TEXT, Case, N, all_logits, one_thread, unchanged
 from oracle import Recorder, assert_scores, oracle_scores
-from test_models import ALPHA, GREEDY, IDS, LAYERS, MASK, TEXT, Case, N, all_logits, one_thread, unchanged
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

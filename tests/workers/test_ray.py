@@ -19,8 +19,17 @@ ray = pytest.importorskip("ray")
 
 import psutil  # noqa: E402
 from conftest import CHECKPOINT, GOLDEN, Fails  # noqa: E402
-from test_batch import TALL, TEXT, WIDE, cli_arguments, golden_lines, read, write  # noqa: E402
-from test_calibrate import LINES, arguments  # noqa: E402
+from helpers import (  # noqa: E402
+    LINES,
+    TALL,
+    TEXT,
+    WIDE,
+    calibrate_arguments,
+    cli_arguments,
+    golden_lines,
+    read,
+    write,
+)
 
 from janus_dola.programs import answer, calibrate, ray_workers  # noqa: E402
 
@@ -93,7 +102,7 @@ def test_calibrate_compares_what_one_process_does(tmp_path: Path, cluster: None)
         folder = tmp_path / str(workers)
         folder.mkdir()
         write(folder / "val.jsonl", [*LINES, "broken"])
-        calibrate.run(arguments(folder, f"workers={workers}", "batch_size=2"))
+        calibrate.run(calibrate_arguments(folder, f"workers={workers}", "batch_size=2"))
         found.append((read(folder / "mine.results.jsonl"), (folder / "mine.json").read_text()))
     assert found[0] == found[1] and len(found[0][0]) == len(LINES) + 1
 
