@@ -232,9 +232,9 @@ def test_ids_and_pixels_are_those_of_the_published_layout(tmp_path: Path, publis
         (
             "vocab_size",
             [],
-            "lacks the weights lm_head.weight, model.language_model.embed_tokens.weight, or has",
+            "has lm_head.weight in the shape [475, 64], but its config.json describes [476, 64]",
         ),
-        ("lm_head.weight", [], "lacks the weights lm_head.weight, or has them in another shape"),
+        ("lm_head.weight", [], "lacks the weights lm_head.weight; a Janus checkpoint has all"),
         ("broken", [], "cannot be loaded: SafetensorError"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -268,3 +268,24 @@ def test_a_head_of_its_own_is_kept_where_the_config_does_not_say(capsys: Any, fo
     weights = load_file(folder / "model.safetensors")
     assert model.lm_head.weight.equal(weights["lm_head.weight"].float())
     assert not model.lm_head.weight.equal(model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("text_config", {"num_hidden_layers": 10**8}, "text_config.num_hidden_layers must be at most 30"),
+        ("text_config", {"vocab_size": 10**8}, "but its config.json describes [100000000, 64]"),
+        ("vision_config", {"hidden_size": 96_000}, "but its config.json describes ["),
+        ("vision_config", {"depth": 10**8}, "vision_config.depth must be at most"),
+        ("vq_config", {"num_res_blocks": 10**8}, "vq_config.num_res_blocks must be at most"),
+    ],
+)
+def test_a_config_that_describes_more_than_is_stored(
+    fails: Fails, folder: Path, tmp_path: Path, part: str, change: dict[str, int], message: str
+) -> None:
+    """A vocabulary of 10⁸ asked for 25 GB before it was refused, and 10⁸ layers for patience."""
+    shutil.copytree(folder, tmp_path / "huge")
+    config = json.loads((tmp_path / "huge" / "config.json").read_text())
+    config[part] |= change
+    (tmp_path / "huge" / "config.json").write_text(json.dumps(config))
+    assert message in fails(answer_program.run, f"model_path={tmp_path / 'huge'}", "device=cpu", "question=What?")

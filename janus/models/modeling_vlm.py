@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from janus.models.projector import MlpProjector
 from janus.models.siglip_vit import CLIPVisionTower, VisionTransformer
-from janus.models.stored_sizes import check_sizes, stored_shapes
+from janus.models.stored_sizes import check_depths, check_shapes, depths, refuse, stored_shapes
 from janus.models.vq_model import VQ_models, VQModel
 
 
@@ -202,7 +202,7 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # transformers' error does not name the weight
         try:
-            cls._check_sizes(pretrained_model_name_or_path, kwargs)
+            cls._check_stored(pretrained_model_name_or_path, kwargs, shapes=not mismatched)
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
@@ -214,33 +214,24 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
                 "which might run code: it is not read"
             ) from error
         model, info = loaded
-        if info["mismatched_keys"] and not mismatched:
-            name, found, wanted = min(info["mismatched_keys"])
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} has {name} in the shape {list(found)}, but its config.json "
-                f"describes {list(wanted)}"
-            )
-        if missing := sorted(info["missing_keys"]):
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks the weights {', '.join(missing[:3])}{more}; "
-                "a Janus checkpoint has all the weights that its config.json describes"
-            )
+        refuse(str(pretrained_model_name_or_path), info["missing_keys"], () if mismatched else info["mismatched_keys"])
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_sizes(cls, path: Any, arguments: Mapping[str, Any]) -> None:
-        """`check_sizes` for `from_pretrained`, except where its arguments say that other weights are loaded."""
+    def _check_stored(cls, path: Any, arguments: Mapping[str, Any], shapes: bool) -> None:
+        """Compares config.json with the files, except where the arguments say that other weights are loaded."""
         if path is None or arguments.keys() & {"state_dict", "variant", "use_safetensors", "gguf_file", "key_mapping"}:
             return
         names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
         hub = {name: arguments[name] for name in names if name in arguments}
-        shapes = stored_shapes(str(path), **hub)
-        if shapes is not None:
-            config = arguments.get("config") or path
-            if not isinstance(config, PretrainedConfig):
-                config = cls.config_class.from_pretrained(config, **hub)
-            check_sizes(config, str(path), shapes)
+        if (stored := stored_shapes(str(path), **hub)) is None:
+            return
+        config = arguments.get("config") or path
+        if not isinstance(config, PretrainedConfig):
+            config = cls.config_class.from_pretrained(config, **hub)
+        check_depths(depths(config), stored)
+        if shapes and getattr(config, "quantization_config", None) is None:  # whose weights may be packed
+            check_shapes(lambda: cls(config), stored, str(path))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

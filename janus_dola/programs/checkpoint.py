@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, JanusForConditionalGeneration
+from transformers import AutoConfig, JanusConfig, JanusForConditionalGeneration
 from transformers.utils import logging
 
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from janus.models.processing_vlm import load_tokenizer
 from janus.models.siglip_vit import tower_sizes
+from janus.models.stored_sizes import check_depths, check_shapes, refuse, stored_shapes
 from janus.utils.io import default_device
 from janus_dola.programs.errors import first_line
 from janus_dola.programs.generation import check_token_ids
@@ -178,17 +179,34 @@ def load_native(path: str, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: A weight is missing or has another shape.
     """
+    config: Any = JanusConfig.from_pretrained(path)
+    stored = stored_shapes(path)
+    if stored is not None:
+        check_depths(native_depths(config), stored)
+        if getattr(config, "quantization_config", None) is None:
+            check_shapes(lambda: JanusForConditionalGeneration(config), stored, path, renamed=True)
     loaded: Any = JanusForConditionalGeneration.from_pretrained(
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = loaded
-    if wrong := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"model_path {path!r} lacks the weights {', '.join(wrong[:3])}{more}, or has them in another shape than "
-            "its config.json describes"
-        )
+    refuse(path, info["missing_keys"], info["mismatched_keys"])
     return model
+
+
+def native_depths(config: JanusConfig) -> Iterator[tuple[str, Any, int, str]]:
+    """What `check_depths` takes of a `JanusConfig`."""
+    text, vision, vq = config.text_config, config.vision_config, config.vq_config
+    for key, layers, prefix in (
+        ("text_config.num_hidden_layers", text.num_hidden_layers, "language_model.layers"),
+        ("vision_config.num_hidden_layers", vision.num_hidden_layers, "vision_model.encoder.layers"),
+        ("vq_config.num_res_blocks", vq.num_res_blocks, "vqmodel.encoder.down.0.block"),
+    ):
+        yield key, layers, layers, f"model.{prefix}"
+    for key, depth, part in (
+        ("vision_config.depth", vision.depth, "aligner"),
+        ("vq_config.num_hidden_layers", vq.num_hidden_layers, "generation_aligner"),
+    ):
+        yield key, depth, depth - 1, f"model.{part}.hidden_layers"
 
 
 def load(config: ModelConfig) -> tuple[DoLaJanusWrapper, Any]:

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 
 from janus.models.siglip_vit import tower_sizes
-from janus.models.stored_sizes import check_sizes, stored_shapes, weight_files
+from janus.models.stored_sizes import check_depths, check_shapes, depths, stored_shapes, weight_files
 from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
 from janus_dola.programs.options import DEFAULT, ModelConfig, first_line, read_config, read_yaml
@@ -132,7 +132,7 @@ def write_model(config: ModelConfig, folder: Path) -> None:
         shapes = stored_shapes(path)
         if shapes is None:
             raise ValueError(f"model_path {path!r} has no weights")
-        check_sizes(published, path, shapes)
+        check_depths(depths(published), shapes)
     native: Any = native_config(published, processor)
     check_names(native, shapes, path)
 
@@ -195,18 +195,11 @@ def check_names(config: JanusConfig, shapes: Mapping[str, tuple[int, ...]], path
         ValueError: There is such a weight, or one of another shape; the message names it.
     """
     with torch.device("meta"):
-        model: Any = JanusForConditionalGeneration(config)
-        stored = renamed({name: torch.empty(shape) for name, shape in shapes.items()})
-    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    for name in model._tied_weights_keys if config.tie_word_embeddings else ():
-        stored.setdefault(name, model.state_dict()[name])
-    if left := sorted(stored.keys() - wanted.keys()):
+        native = renamed({name: torch.empty(shape) for name, shape in shapes.items()})
+    stored = {name: tuple(weight.shape) for name, weight in native.items()}
+    names = check_shapes(lambda: JanusForConditionalGeneration(config), stored, path)
+    if left := sorted(stored.keys() - names):
         raise ValueError(f"model_path {path!r} has weights that transformers' Janus does not: {', '.join(left[:3])}")
-    if left := sorted(wanted.keys() - stored.keys()):
-        raise ValueError(f"model_path {path!r} lacks the weights {', '.join(left[:3])} of transformers' Janus")
-    for name, weight in stored.items():
-        if list(weight.shape) != wanted[name]:
-            raise ValueError(f"model_path {path!r}: {name} must be of shape {wanted[name]}, got {list(weight.shape)}")
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
