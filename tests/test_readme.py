@@ -159,6 +159,7 @@ def test_the_keys_of_programs_are_those_of_the_dataclasses() -> None:
 
 
 def test_every_command_is_typed_or_listed() -> None:
+    assert {name for name in TEXTS if snippets(name)} == {*READMES, "docs/python.md", "docs/serving.md"}
     found = [line for name in TEXTS for line in commands(name)]
     assert all(line.startswith("janus-dola") for name in TEXTS for line in typed(name))
     assert all(any(line.startswith(start) for line in found) for start in NOT_TYPED)
@@ -247,6 +248,18 @@ def test_the_commands_of_docs_run(name: str, here: Path, capsys: Any, monkeypatc
     if name == "docs/programs.md":
         lines = read(here / "ANSWERS.jsonl").values()
         assert len(lines) == 3 and all("correct" in line for line in lines)
+
+
+def test_the_served_answers_are_the_demos(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the space in front. The requests need the server, which tests/serve compares with the program."""
+    text = TEXTS["docs/serving.md"]
+    (shown,), (keys,) = re.findall(r"```text\n(.*?)```", text, re.S), re.findall(r'config": \'(.*)\'}', text)
+    monkeypatch.chdir(ROOT)
+    for question, dola in (("Is there a blue ring in the image?", {}), ("Describe the image.", json.loads(keys))):
+        assert f'"text": "{question}"' in text
+        given = [f"{key}={value}" for key, value in dola.items()]
+        type_it(f"janus-dola image=demo/images/scene.png question='{question}'", monkeypatch, "device=cpu", *given)
+    assert shown == "".join(f" {line}\n" for line in capsys.readouterr().out.splitlines())
 
 
 def small_snippet(name: str) -> str:
