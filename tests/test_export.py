@@ -147,7 +147,7 @@ def test_roles(tmp_path: Path) -> None:
 
 
 def differ(width: int, height: int, size: int, min_size: int = 14) -> bool:
-    """What the README says of transformers' image processor, which rounds where the published one cuts."""
+    """What docs/python.md says of transformers' image processor, which rounds where the published one cuts."""
     short = min(width, height) * size / max(width, height)
     return round(short) != int(short) and round(short) > min_size
 
