@@ -15,11 +15,13 @@ ARCHITECTURES = {
 
 def register() -> None:
     """The entry point `vllm.general_plugins`."""
+    from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from janus_dola.vllm.server import StartUp
+    from janus_dola.vllm.server import PublishedConfig, StartUp
 
     for architecture, model in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, f"janus_dola.vllm.{model}")
         MODELS_CONFIG_MAP[architecture] = StartUp
+    AutoConfig.register("multi_modality", PublishedConfig, exist_ok=True)

@@ -25,7 +25,7 @@ class Exits:
 
     def __init__(self) -> None:
         self.wanted = False
-        self.take: Callable[[], Tensor] = lambda: torch.empty(0)
+        self.take: Callable[[], Any] = lambda: torch.empty(0)
 
 
 EXITS = Exits()
@@ -60,14 +60,16 @@ def read_head(
     J = layers.shape[1] - 1
     normed = norm(layers[:, 1:].flatten(0, 1)) if J else hidden.new_empty(0, d)  # [rows J, d]
 
-    def read(x: Tensor) -> Tensor:  # [rows, n, d] -> [rows, n, V]
+    def read(x: Tensor) -> Tensor | None:  # [rows, n, d] -> [rows, n, V]
         logits = head(x.flatten(0, 1))
-        return x.new_empty(*x.shape[:2], 0) if logits is None else logits.view(*x.shape[:2], -1)
+        return None if logits is None else logits.view(*x.shape[:2], -1)
 
     normed = normed.view(len(hidden), J, d)
     wanted, EXITS.wanted = EXITS.wanted, False
     if wanted:
         logits = read(torch.cat([layers[:, :1], normed], 1))  # [rows, 1 + J, V]
+        if logits is None:
+            return None
         EXITS.take = lambda: logits[:, 1:]
         return logits[:, 0].contiguous()
     EXITS.take = lambda: read(normed)

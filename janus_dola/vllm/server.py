@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from janus_dola.config import METHODS, DoLaConfig, Rows, by_row
@@ -125,3 +126,16 @@ class StartUp(VerifyAndUpdateConfig):
         config = over(config, given)
         vllm_config.additional_config = {**vllm_config.additional_config, "dola": asdict(config)}
         cls.server = Server.of(vllm_config)
+
+
+class PublishedConfig(PretrainedConfig):
+    """The published layout, which is refused: vLLM would load its tokenizer as transformers 5 does, without spaces."""
+
+    model_type = "multi_modality"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        raise ValueError(
+            "model must be in the layout of transformers' own Janus, got the published one:"
+            " janus-dola export out=FOLDER model_path=... writes the folder to serve"
+        )

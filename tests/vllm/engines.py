@@ -1,6 +1,7 @@
 """Engines of vLLM in this process, on models that are made here: its CPU attention has no heads of 16."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -91,3 +92,18 @@ def run(llm: Any, requests: list[tuple[Any, Any]], arrivals: list[int] | None = 
                 outputs[int(output.request_id)] = output
         step += 1
     return [outputs[i] for i in range(len(requests))]
+
+
+@cache
+def janus() -> tuple[Path, Path]:
+    """The golden checkpoint with heads of 32: in the published layout, and exported."""
+    from janus_dola.programs.export import run as export
+
+    published = new_folder() / "published"
+    shutil.copytree(Path(__file__).parents[1] / "golden" / "tiny_janus", published)
+    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
+    config["language_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    (published / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    exported = published.with_name("exported")
+    export([f"out={exported}", f"model_path={published}"])
+    return published, exported
