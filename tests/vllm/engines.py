@@ -20,7 +20,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
-}
+} | dict(os.environ)
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
