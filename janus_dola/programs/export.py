@@ -270,7 +270,7 @@ def write_processor(processor: Any, roles: Sequence[str], image_size: int, folde
     settings["image_processor_type"] = "JanusImageProcessor"
     write(folder / "preprocessor_config.json", settings)
     own = {"processor_class": "JanusProcessor", "num_image_tokens": processor.num_image_tokens}
-    write(folder / "processor_config.json", own | {"use_default_system_prompt": True})
+    write(folder / "processor_config.json", own | {"use_default_system_prompt": False})
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,73 @@
+"""The step from logits to log p̂ in vLLM's two model runners, request by request."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as OlderLogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+from janus_dola.config import Method, Rows
+from janus_dola.processor import CPU_CHUNK, formulas
+from janus_dola.vllm.exits import EXITS
+from janus_dola.vllm.server import Server, StartUp
+
+
+class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
+    """The entry point `vllm.logits_processors`, of both model runners, which look for different classes under it.
+
+    V2 names a request by its slot, and each step's rows by their slots; the older runner tells who came, went or moved,
+    and a request is its row. Requests that DoLa does not change are not kept, and their logits not touched.
+    """
+
+    def __init__(self, vllm_config: Any, *of_runner: Any) -> None:
+        self.server = Server.of(vllm_config)
+        self.requests: dict[int, Rows] = {}  # by slot, or by row
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        if StartUp.server is not None:
+            StartUp.server.rows(sampling_params)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.requests, batch_update, lambda params, *_: self._rows(params))
+        if self.server is not None:
+            EXITS.wanted = bool(self.requests)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        self.requests.pop(req_idx, None)
+        if (rows := self._rows(sampling_params)) is not None:
+            self.requests[req_idx] = rows
+            EXITS.wanted = True
+        return rows is not None
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
+        """Logits [rows, V] in float32 to log p̂, in place, of the rows that want it."""
+        slots = range(len(logits)) if ctx is None else ctx.idx_mapping_np.tolist()
+        by_method: dict[Method, list[int]] = {}
+        for row, slot in enumerate(slots):
+            if (rows := self.requests.get(slot)) is not None:
+                by_method.setdefault(rows.methods[0], []).append(row)
+        if not by_method:
+            return logits
+        if ctx is not None:  # V2 does not tell who went: whoever decoded now probably goes on
+            EXITS.wanted = True
+        exits = EXITS.take()  # [rows, J, V]
+        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if logits.device.type == "cpu" else len(logits)
+        for method, members in by_method.items():
+            for chunk in (members[i : i + n] for i in range(0, len(members), n)):
+                own = [self.requests[slots[row]] for row in chunk]
+                candidates = torch.cat([rows.candidates for rows in own]).to(logits.device)
+                strength = torch.cat([rows.strength for rows in own]).to(logits)
+                index = torch.tensor(chunk, device=logits.device)
+                logits[index] = formulas(logits[index], exits[index], candidates, strength, method)[1]
+        return logits
+
+    def _rows(self, params: Any) -> Rows | None:
+        rows = None if self.server is None else self.server.rows(params)
+        return None if rows is None or rows.changes_nothing else rows

@@ -1,0 +1,124 @@
+"""Janus in vLLM: prompts and pixels are the published processor's, answers the wrapper's."""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import janus, run, serve
+from PIL import Image
+from vllm import SamplingParams
+
+from janus.models import MultiModalityCausalLM, VLChatProcessor
+from janus_dola import DoLaConfig, DoLaJanusWrapper
+
+# vLLM itself puts a transparent picture on white, where the published processor drops the transparency: not "rgba".
+IMAGES = [Image.open(path) for path in sorted((Path(__file__).parents[1] / "golden/expected/images").glob("*.png"))]
+KEYS: list[dict[str, Any]] = [
+    {"use_dola_lm": False},
+    {},
+    {"candidate_layers": [24, 26], "alpha": 0.3},
+    {"method": "deco", "candidate_layers": [22, 28]},
+    {"method": "sled", "candidate_layers": [22, 26]},
+]
+QUESTIONS = [
+    ("What is it?", IMAGES[:1]),
+    ("Which is larger?", IMAGES[2:4]),
+    ("它是什么？", []),
+    ("And?", IMAGES[4:5]),
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Any:
+    return serve(janus()[1], max_num_batched_tokens=48, block_size=32, limit_mm_per_prompt={"image": 4})
+
+
+def prepare(question: str, images: list[Image.Image]) -> Any:
+    """The published processor's inputs of a question."""
+    turns = [
+        {"role": "<|User|>", "content": "<image_placeholder>\n" * len(images) + question, "images": images},
+        {"role": "<|Assistant|>", "content": ""},
+    ]
+    return VLChatProcessor.from_pretrained(janus()[0])(conversations=turns, images=images)
+
+
+def chat(llm: Any, questions: list[Any], params: list[SamplingParams]) -> list[Any]:
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image_pil", "image_pil": image} for image in images),
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
+        for question, images in questions
+    ]
+    return llm.chat(conversations, params, use_tqdm=False)
+
+
+def params(keys: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True, extra_args=keys or None)
+
+
+def test_answers_are_the_wrappers(llm: Any) -> None:
+    """Pictures, several, none, and some that come again; all configurations in one batch; prompts in chunks."""
+    model = MultiModalityCausalLM.from_pretrained(janus()[0], dtype=torch.float32).eval()
+    asked = list(product(QUESTIONS, KEYS))
+    outputs = chat(llm, [question for question, _ in asked], [params(keys) for _, keys in asked])
+    for ((question, images), keys), output in zip(asked, outputs, strict=True):
+        inputs = prepare(question, images)
+        assert output.prompt_token_ids == inputs.input_ids[0].tolist()
+        wrapper = DoLaJanusWrapper(model, DoLaConfig(**keys))
+        embeds = wrapper.prepare_inputs_embeds(**inputs)
+        want = wrapper.generate(
+            inputs_embeds=embeds,
+            attention_mask=inputs.attention_mask,
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        (completion,) = output.outputs
+        assert list(completion.token_ids) == want.sequences[0].tolist()
+        got = [each[x].logprob for x, each in zip(completion.token_ids, completion.logprobs, strict=True)]
+        log_p = [torch.log_softmax(s[0], -1)[x] for s, x in zip(want.scores, completion.token_ids, strict=True)]
+        torch.testing.assert_close(torch.tensor(got), torch.stack(log_p), atol=1e-4, rtol=0)
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) > len(QUESTIONS)
+
+
+def test_pixels_are_the_published_processors(llm: Any) -> None:
+    pixels = llm.llm_engine.renderer.mm_processor.info.images()(IMAGES)["pixel_values"]
+    for image, got in zip(IMAGES, pixels, strict=True):
+        assert torch.equal(got, prepare("What?", [image]).pixel_values[0, 0])
+
+
+def test_a_bad_picture_is_refused_and_the_next_is_right(llm: Any) -> None:
+    (want,) = chat(llm, QUESTIONS[:1], [params({})])
+    with pytest.raises(ValueError, match="images must have at least one pixel, got one of 0x5"):
+        chat(llm, [("What?", [Image.new("RGB", (0, 5))])], [params({})])
+    (got,) = chat(llm, QUESTIONS[:1], [params({})])
+    assert got.outputs[0].token_ids == want.outputs[0].token_ids
+
+
+def test_the_published_layout_is_refused() -> None:
+    """In a process of its own: here our janus has told transformers what that layout is."""
+    published = str(janus()[0])
+    code = "import sys; from vllm import LLM; LLM(sys.argv[1])"
+    failed = subprocess.run([sys.executable, "-c", code, published], capture_output=True, text=True, timeout=120)
+    assert "janus-dola export out=FOLDER model_path=... writes the folder to serve" in failed.stderr
+
+
+def test_the_wrapper_is_not_needed_to_run(llm: Any) -> None:
+    """A prompt of tokens alone, as a completion."""
+    ids = prepare(*QUESTIONS[2]).input_ids[0].tolist()
+    (want,) = chat(llm, QUESTIONS[2:3], [params({})])
+    (got,) = run(llm, [({"prompt_token_ids": ids}, params({}))])
+    assert got.outputs[0].token_ids == want.outputs[0].token_ids
