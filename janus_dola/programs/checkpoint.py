@@ -193,7 +193,7 @@ def load_native(path: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def native_depths(config: JanusConfig) -> Iterator[tuple[str, Any, int, str]]:
+def native_depths(config: Any) -> Iterator[tuple[str, Any, int, str]]:
     """What `check_depths` takes of a `JanusConfig`."""
     text, vision, vq = config.text_config, config.vision_config, config.vq_config
     for key, layers, prefix in (
