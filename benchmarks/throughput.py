@@ -93,7 +93,7 @@ def answer(
     options: ThroughputOptions,
     batch: int,
     asked: list[DoLaConfig],
-) -> tuple[list[Outcome], float]:
+) -> tuple[list[tuple[Prompt, Outcome]], float]:
     """What the engine gives for each prompt, the longest first, and answers a minute.
 
     Raises:
@@ -103,11 +103,11 @@ def answer(
     if options.shape != "demo":
         generation["eos_token_id"] = None
     start = time.perf_counter()
-    outcomes = [outcome for _, outcome in answer_many(model, processor, prompts, Task(asked), generation, batch)]
+    answered = list(answer_many(model, processor, prompts, Task(asked), generation, batch))
     minutes = (time.perf_counter() - start) / 60
-    if problems := [outcome.error for outcome in outcomes if outcome.error is not None]:
+    if problems := [outcome.error for _, outcome in answered if outcome.error is not None]:
         raise RuntimeError(f"batch {batch}, {len(asked)} configurations: {problems[0]}")
-    return outcomes, sum(len(outcome.answers) for outcome in outcomes) / minutes
+    return answered, sum(len(outcome.answers) for _, outcome in answered) / minutes
 
 
 def run(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # What a call leaves on a model for the next one: compiled functions and caches, bound to that model.
-OF_CALLS = ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length")
+PER_CALL_STATE = ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length")
 
 
 def generating_model(model: Any) -> Any:
@@ -46,7 +46,7 @@ def shallow_copy(module: nn.Module) -> Any:
     """A module of the same class with the same parameters and attributes, whose children and hooks are its own."""
     copy = type(module).__new__(type(module))
     for name, value in vars(module).items():
-        if name not in OF_CALLS:
+        if name not in PER_CALL_STATE:
             own = isinstance(value, dict) and (name == "_modules" or "_hooks" in name)
             copy.__dict__[name] = value.copy() if own else _rebound(value, module, copy)
     return copy
@@ -134,7 +134,9 @@ class ExitView:
                 self._copies[module] = shallow_copy(module)
             if name == "_orig_mod":  # of torch.compile(module): run the copy of what it was made of
                 copy.__dict__["forward"] = self._copies[module].__call__
-            copy._modules[name] = copy = self._copies[module]
+            child = self._copies[module]
+            copy._modules[name] = child
+            copy = child
         return copy
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,8 @@ class ExitView:
             (module, name, key, id(item))
             for module in self._copies
             for name, value in vars(module).items()
-            if name not in OF_CALLS and not isinstance(value, Tensor)  # which calls keep, too: Qwen2-VL its rope_deltas
+            if name not in PER_CALL_STATE
+            and not isinstance(value, Tensor)  # which calls keep, too: Qwen2-VL its rope_deltas
             for key, item in (value.items() if isinstance(value, dict) else [(None, value)])
         }
 

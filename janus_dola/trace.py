@@ -130,7 +130,7 @@ class DoLaTrace:
         return lines
 
     def heatmap(self, path: str | PathLike[str], tokenizer: Any, sequence: int = 0) -> None:
-        """Draws a sequence: layers up, steps across, labelled with the tokens, JSD as colour, M and changes marked.
+        """Draws a sequence: layers up, steps across, labelled with the tokens, JSD as color, M and changes marked.
 
         Args:
             path: Where to write the picture; its ending picks the format.

@@ -123,10 +123,10 @@ def test_throughput_counts_the_answers(shape: str, capsys: pytest.CaptureFixture
     for name, asked in throughput.ASKED.items():
         assert len(asked) == int(name[0])
         start = time.perf_counter()
-        lines, a_minute = throughput.answer(model, processor, prompts, options, 2, asked)
+        answered, a_minute = throughput.answer(model, processor, prompts, options, 2, asked)
         assert a_minute >= 2 * len(asked) / (time.perf_counter() - start) * 60
-        assert sorted(line["id"] for line in lines) == [0, 1]
-        assert [len(line["texts"]) for line in lines] == [len(asked)] * 2
+        assert sorted(prompt.id for prompt, _ in answered) == [0, 1]
+        assert [len(outcome.answers) for _, outcome in answered] == [len(asked)] * 2
     throughput.run(given)
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert table[0] == ["batch", *throughput.ASKED] and [row[0] for row in table[1:]] == ["1", "2"]

@@ -296,7 +296,8 @@ def test_published_snippet_with_one_line_more_gets_dola(expected: dict[str, Tens
     config = DoLaConfig(alpha=0.3, bucket_id=0)
     embeds, outputs, _ = understand(*ask, lambda vl_gpt: DoLaJanusWrapper(vl_gpt, config))
     _, off, _ = understand(*ask, lambda vl_gpt: DoLaJanusWrapper(vl_gpt, DoLaConfig(use_dola_lm=False)))
-    model = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
+    # Cast as the snippet casts it: on some CPUs a product in bfloat16 depends on where the weights lie in memory.
+    model = MultiModalityCausalLM.from_pretrained(CHECKPOINT).to(torch.bfloat16).eval()
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     want = DoLaJanusWrapper(model, config).generate_with_dola(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=24, eos_token_id=EOS, pad_token_id=EOS

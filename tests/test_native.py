@@ -18,6 +18,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
@@ -60,7 +61,8 @@ def images() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def inputs(folder: Path, images: list[Image.Image]) -> Any:
     """A left-padded batch of two by transformers' own processor."""
-    texts = [f"<|User|>: <image_placeholder>\n{question}\n\n<|Assistant|>:" for question in QUESTIONS.values()]
+    asked = [f"<|User|>: <image_placeholder>\n{question}\n\n<|Assistant|>:" for question in QUESTIONS.values()]
+    texts = [DEFAULT_SYSTEM_PROMPT + text for text in asked]
     return JanusProcessor.from_pretrained(folder)(text=texts, images=images, padding=True, return_tensors="pt")
 
 

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import StoppingCriteria, TextStreamer
 
 from janus.utils.io import load_pil_images
-from janus_dola.programs.engine import NaNWatch, generate_arguments
+from janus_dola.processor import NaNWatch
+from janus_dola.programs.engine import generate_arguments
 from janus_dola.programs.options import ModelConfig
 from janus_dola.trace import DoLaTrace
 from janus_dola.wrapper import DoLaJanusWrapper
