@@ -153,5 +153,6 @@ def test_a_driver_that_is_killed_and_started_again_loses_no_line(tmp_path: Path)
         wait_for(lambda: lines_in(tmp_path / "out.jsonl") > before)
         actors(driver.pid)[0].kill()
         out, err = driver.communicate(timeout=60)
-    assert (err, driver.returncode) == ("", 0) and "A worker died or was killed" in out
+    said = f"{tmp_path / 'out.jsonl'}: {before} answers kept, {len(QUESTIONS) - before} prompts to answer\n"
+    assert (err, driver.returncode) == (said, 0) and "A worker died or was killed" in out
     assert read(tmp_path / "out.jsonl") == one_process(tmp_path, "batch_size=2")
