@@ -1,11 +1,13 @@
 """The configuration of DoLa: a structured config for OmegaConf, and its checks."""
 
+import copy
 import difflib
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,36 +16,37 @@ from janus_dola.dola_runtime import buckets, candidates_in_bucket
 from janus_dola.methods import METHODS
 
 
+def option(default: Any, about: str) -> Any:
+    """A key of a configuration: its default, or what makes it, and the sentence that --help says of it."""
+    kind = "default"
+    if callable(default) or isinstance(default, (list, dict)):
+        kind, default = "default_factory", default if callable(default) else functools.partial(copy.copy, default)
+    return field(**{kind: default}, metadata={"help": about})
+
+
 @dataclass
 class DoLaConfig:
-    """What to contrast with, and how much to trust the final layer.
+    """What to contrast with, and how much to trust the final layer; each key's `metadata["help"]` says what it is for.
 
-    Attributes:
-        use_dola_lm: Whether `DoLaJanusWrapper.generate` decodes with DoLa.
-        alpha: Threshold of V_head (eq. 4 of the paper), in [0, 1]: tokens less likely than alpha times the most likely
-            one are out. 0 keeps every token.
-        candidate_layers: Layers to choose the premature layer from, counted from 1. Wins over `bucket_id`. One layer is
-            static DoLa; none, or the last layer alone, leaves nothing to subtract.
-        bucket_id: 0, 1 or 2: candidates from the lower, middle or upper third of the layers. DeCo and SLED take all
-            layers of it; DeCo's upper one is what its paper uses, layers 20 to 28 of 32.
-        method: dola, deco or sled: what is done with the exits, see `methods`. A key of another is refused.
-        deco_alpha: DeCo's α, at least 0: how much of the chosen exit's logits is added.
-        sled_rate: SLED's evolution rate η, at least 0: how far the logits move.
-        sled_top_k: SLED's evolution scale k: the tokens that remain; the paper has 10 for generation, 75 and more for
-            multiple choice.
+    `alpha` is the threshold of V_head (eq. 4 of the paper), in [0, 1]. One candidate layer is static DoLa; none, or the
+    last layer alone, leaves nothing to subtract. DeCo and SLED take all layers of a bucket; DeCo's upper one is what
+    its paper uses, layers 20 to 28 of 32. The strengths of DeCo and SLED are at least 0.
 
     Raises:
         ValueError: A value is out of its range, or of another method.
     """
 
-    use_dola_lm: bool = True
-    alpha: float = 0.1
-    candidate_layers: list[int] | None = None
-    bucket_id: int = 2
-    method: str = "dola"
-    deco_alpha: float = 0.6
-    sled_rate: float = 2.0
-    sled_top_k: int = 10
+    use_dola_lm: bool = option(True, "false: the model as it was published, token for token")
+    alpha: float = option(0.1, "tokens less likely than alpha x the most likely one are out; 0 keeps all")
+    candidate_layers: list[int] | None = option(
+        None,
+        "layers (from 1) to contrast with, such as [22, 26]; wins over bucket_id",
+    )
+    bucket_id: int = option(2, "0, 1, 2: candidates from the lower, middle, upper third of the layers")
+    method: str = option("dola", "or deco, sled: other methods on the same exits")
+    deco_alpha: float = option(0.6, "DeCo: how much of the surest exit's logits is added; its paper's value")
+    sled_rate: float = option(2.0, "SLED: how far the logits move towards what the exits foretell; its paper's value")
+    sled_top_k: int = option(10, "SLED: how many tokens remain; its paper has 10 for generation, 75 for TruthfulQA")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -17,6 +17,8 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=2"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["calibrat"], "arguments must be written key=value, got 'calibrat'; did you mean 'calibrate'?"),
+        (["max_new_tokens=5"], "unknown key 'max_new_tokens', did you mean 'generation.max_new_tokens'?"),
         (["--hlep"], "arguments must be written key=value, got '--hlep'; --help shows the keys"),
         (
             ["generation.max_new_tokens=many"],

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import checkpoint
 from janus_dola.programs.options import DEFAULT, ModelConfig, read_config
+from janus_dola.programs.web import WebConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,13 +168,26 @@ def test_exit_code_and_stderr_of_the_real_command() -> None:
     assert done.stderr == "error: unknown key 'alhpa', did you mean 'alpha'?\n"
 
 
-def test_default_yaml_has_a_comment_for_every_key_and_the_dataclass_defaults() -> None:
-    lines = DEFAULT.read_text(encoding="utf-8").splitlines()
-    keys = [key for key in vars(answer_program.AnswerConfig()) if key != "image"]
-    for key in keys:
-        assert any(re.match(rf"{key}:.*#", line) for line in lines), key
+def test_default_yaml_says_of_every_key_what_the_dataclasses_say() -> None:
+    """The sentences stand in the dataclasses; --help prints them, and the file repeats them."""
+    text = re.sub(r"\n +# ", " ", DEFAULT.read_text(encoding="utf-8"))  # a comment that goes on
+    said = dict(re.findall(r"^(\w+):.*? +# (.*)$", text, re.M))
+    keys = {item.name: item for schema in (WebConfig, answer_program.AnswerConfig) for item in fields(schema)}
+    assert {name: item.metadata["help"] for name, item in keys.items() if name != "image"} == said
     config = read_config(answer_program.AnswerConfig, [])
     assert config.dola() == DoLaConfig()
+
+
+def test_help_tells_where_a_value_is_from(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("alpha: 0.3\nbucket_id: 1\n")
+    with pytest.raises(SystemExit):
+        read_config(answer_program.AnswerConfig, [f"config={file}", "alpha=0.4", "question=Is it: red?", "--help"])
+    out = re.sub(r"\n +# ", " ", capsys.readouterr().out)
+    assert re.search(r"^alpha: 0.4 +# \[command line\] tokens less likely", out, re.M)
+    assert re.search(rf"^bucket_id: 1 +# \[{re.escape(str(file))}\] 0, 1, 2: candidates", out, re.M)
+    assert re.search(r"^question: 'Is it: red\?' +# \[command line\]", out, re.M)
+    assert re.search(r"^method: dola +# or deco, sled", out, re.M)
 
 
 @pytest.mark.parametrize(

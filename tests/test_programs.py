@@ -25,16 +25,25 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4",
 @pytest.mark.parametrize(
     ("run", "says", "does_not_say"),
     [
-        (answer.run, ["compare=true", "bucket_id: 2  ", "# 0, 1, 2: candidates", "prompts: null"], ["alphas"]),
+        (
+            answer.run,
+            [
+                "programs: answer, calibrate, export, report, web",
+                "bucket_id: 2  ",
+                "# 0, 1, 2: candidates",
+                "prompts: null",
+            ],
+            ["alphas"],
+        ),
         (
             calibrate.run,
-            ["alphas=[0.1,0.3]", "alphas: Values of DoLa's alpha to try", "model_path:"],
+            ["alphas=[0.1,0.3]", "alphas: [0.1]                     # values of DoLa's alpha to try", "model_path:"],
             ["stream:", "compare:"],
         ),
-        (report.run, ["compare=true", "report: Where to write"], ["stream:", "alphas"]),
+        (report.run, ["compare=true", "# where to write the page"], ["stream:", "alphas"]),
         (
             export.run,
-            ["janus-dola export out=FOLDER", "model_path: A folder", "custom_generate="],
+            ["janus-dola export out=FOLDER", "a folder, or a name on the hub", "custom_generate="],
             ["stream", "device"],
         ),
     ],

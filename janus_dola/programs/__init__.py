@@ -7,6 +7,7 @@ The console script `janus-dola [answer | calibrate | export | report | web] [con
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 PROGRAMS = ("answer", "calibrate", "export", "report", "web")
@@ -16,6 +17,11 @@ def main() -> None:
     """The console script: runs the program that the first argument names."""
     from janus_dola.programs.options import run_program
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"janus-dola {version('janus-dola')}")
+        return
+    if sys.argv[1:2] == ["help"]:
+        sys.argv[1] = "--help"
     name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in PROGRAMS else "answer"
 
     def run(argv: Sequence[str]) -> int | None:

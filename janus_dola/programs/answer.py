@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from transformers import TextStreamer
 
 from janus.utils.io import load_pil_images
-from janus_dola.config import DoLaConfig
+from janus_dola.config import DoLaConfig, option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
@@ -33,18 +33,21 @@ DEMO_IMAGE, DEMO_QUESTION = CONFIGS.parent / "demo" / "images" / "scene.png", "D
 
 @dataclass
 class AnswerConfig(ManyConfig):
-    """The keys of configs/default.yaml, which says what each is for. image=PATH stands for a single one of images."""
+    """The keys of the program `answer`; image=PATH stands for a single one of images."""
 
-    images: Any = field(default_factory=list)
-    image: str | None = None
-    question: str | None = None
-    conversation: Any = None
-    compare: bool = False
-    stream: bool = False
-    trace: str | None = None
-    prompts: str | None = None
-    output: str | None = None
-    report: str | None = None
+    images: Any = option([], "paths or data URLs; image=PATH for a single one")
+    image: str | None = option(None, "a single one of images")
+    question: str | None = option(
+        None,
+        "<image_placeholder> marks where an image goes; without any, the images come first",
+    )
+    conversation: Any = option(None, "in place of question: turns with content, role and images, the user's first")
+    compare: bool = option(False, "answer with DoLa off and on, with tokens and seconds per token of each")
+    stream: bool = option(False, "print the answer as it is generated")
+    trace: str | None = option(None, "a folder for trace.jsonl and trace.png: which layers were chosen, and their JSD")
+    prompts: str | None = option(None, "JSON lines: question and images, or conversation; optionally id and DoLa keys")
+    output: str | None = option(None, "JSON lines: id and text, tokens, layers, or id and error; as the answers come")
+    report: str | None = option(None, "a page (.html) of all prompts and answers; with compare, of what DoLa changed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,14 +9,14 @@ config, unless it is not distinguishable from DoLa off, which is then the winner
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from janus_dola.config import DoLaConfig
+from janus_dola.config import DoLaConfig, option
 from janus_dola.methods import METHODS
 from janus_dola.programs.engine import Outcome, Task
 from janus_dola.programs.measures import BASELINE, is_right, summarize, yes_or_no
@@ -30,25 +30,29 @@ OUTPUT = "outputs/calibrated.yaml"
 
 @dataclass
 class CalibrateConfig(ManyConfig):
-    """The keys of configs/default.yaml that name a model, and these:
+    """The keys of the program `calibrate`."""
 
-    Attributes:
-        data: JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", "choices",
-            "answer": i}; POPE's {"question_id", "image", "text", "label"}. Without images, a question is text alone.
-        output: The winner's config goes there, the table as JSON and the answers as they come beside it; null is
-            outputs/calibrated.yaml.
-        methods: Those to try. DeCo and SLED have the strength and the k of their papers.
-        alphas: Values of DoLa's alpha to try.
-        strict: Whether a bad line stops the run.
-        two_fold: Whether to choose on one half and report on the other as well, both ways, as the paper does.
-    """
-
-    data: str = ""
-    output: str | None = None
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
-    alphas: list[float] = field(default_factory=lambda: [0.1])
-    strict: bool = False
-    two_fold: bool = False
+    data: str = option(
+        "",
+        'JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", '
+        '"choices", "answer": i}; POPE\'s {"question_id", "image", "text", "label"}; without images a question '
+        "is text alone",
+    )
+    output: str | None = option(
+        None,
+        "the winner's configuration goes there, the table as JSON and the answers as they come beside it; "
+        "null: outputs/calibrated.yaml",
+    )
+    methods: list[str] = option(
+        list(METHODS),
+        "the methods to try; DeCo and SLED have the strength and the k of their papers",
+    )
+    alphas: list[float] = option([0.1], "values of DoLa's alpha to try")
+    strict: bool = option(False, "whether a bad line stops the run")
+    two_fold: bool = option(
+        False,
+        "whether to choose on one half and report on the other as well, both ways, as the paper does",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

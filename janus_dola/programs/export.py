@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -31,7 +31,7 @@ from transformers.modeling_utils import load_state_dict
 
 from janus.models.siglip_vit import tower_sizes
 from janus.models.stored_sizes import check_depths, check_shapes, depths, stored_shapes, weight_files
-from janus_dola.config import DoLaConfig
+from janus_dola.config import DoLaConfig, option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.options import DEFAULT, ModelConfig, first_line, read_config, read_yaml
 
@@ -71,19 +71,15 @@ RENAMED = {
 
 @dataclass
 class ExportConfig(DoLaConfig):
-    """DoLa's keys (configs/default.yaml explains them), which the folder keeps for its generate, and these:
+    """DoLa's keys, which the folder keeps for its generate, and those of the program `export`."""
 
-    Attributes:
-        out: The folder to write. It must not exist.
-        model_path: A folder, or a name on the hub, in the published layout. Without it DoLa is written alone.
-        roles: The names of user and assistant in the prompt.
-        generation: Defaults of the folder's generate.
-    """
-
-    out: str = ""
-    model_path: str = ""
-    roles: list[str] = field(default_factory=lambda: ModelConfig().roles)
-    generation: dict[str, Any] = field(default_factory=lambda: read_yaml(DEFAULT)["generation"])
+    out: str = option("", "the folder to write; it must not exist")
+    model_path: str = option(
+        "",
+        "a folder, or a name on the hub, in the published layout; without it DoLa is written alone",
+    )
+    roles: list[str] = option(lambda: ModelConfig().roles, "how the checkpoint's prompts name user and assistant")
+    generation: dict[str, Any] = option(lambda: read_yaml(DEFAULT)["generation"], "defaults of the folder's generate")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,13 @@
 """The arguments of a program: `key=value` over files of defaults, `--help`, and one-line errors."""
 
+import difflib
 import inspect
+import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,9 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from janus_dola.config import DoLaConfig
+from janus_dola.config import DoLaConfig, option
+from janus_dola.programs import PROGRAMS
 from janus_dola.programs.errors import first_line, read_bytes, unknown_key
-from janus_dola.programs.generation import BATCH, check_generation, refuse
+from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,27 +29,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # In a wheel the package has the configs; in a checkout they lie beside it.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
 DEFAULT = CONFIGS / "default.yaml"
+GROUPS = {"DoLaConfig": "DoLa", "ModelConfig": "Model", "ManyConfig": "Many prompts"}
+COLUMN = 34  # of --help's comments, and of default.yaml's
 
 
 @dataclass
 class ModelConfig(DoLaConfig):
-    """Which model to run, where, and how: the keys that all command lines have.
+    """Which model to run, where, and how: the keys that all command lines have."""
 
-    Attributes:
-        model_path: A folder, or a name on the hub, in the published layout or that of transformers' own Janus.
-        roles: The names of user and assistant in the prompt.
-        device: `auto`, or a PyTorch device.
-        dtype: One of `DTYPES`; auto is what `pick_dtype` says.
-        seed: Seed for sampling.
-        generation: Arguments of transformers' `generate`.
-    """
-
-    model_path: str = ""
-    roles: list[str] = field(default_factory=lambda: ["<|User|>", "<|Assistant|>"])
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    generation: dict[str, Any] = field(default_factory=dict)
+    model_path: str = option(
+        "",
+        "a folder, or a name on the hub, such as deepseek-ai/Janus-Pro-7B; in the published layout or "
+        "transformers' own (model_type: janus)",
+    )
+    roles: list[str] = option(["<|User|>", "<|Assistant|>"], "how the checkpoint's prompts name user and assistant")
+    device: str = option("auto", "auto: cuda, else mps, else cpu; or a PyTorch device, such as cuda:1")
+    dtype: str = option(
+        "auto",
+        "or float32, bfloat16, float16; auto: bfloat16 on cuda, and for a checkpoint of bfloat16 on mps and "
+        "on CPUs that multiply it natively (AVX-512, AMX, Arm BF16); else float32",
+    )
+    seed: int = option(0, "seed for sampling")
+    generation: dict[str, Any] = option({}, "any argument of transformers' generate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,17 +68,15 @@ class ModelConfig(DoLaConfig):
 
 @dataclass
 class ManyConfig(ModelConfig):
-    """The keys of programs that answer many prompts.
+    """The keys of programs that answer many prompts."""
 
-    Attributes:
-        image_root: Folder of the images of lines in POPE's form.
-        batch_size: Prompts answered together; halved when memory runs out.
-        workers: Processes that answer, on Ray; 0 is this process alone.
-    """
-
-    image_root: str = "."
-    batch_size: int = 8
-    workers: int = 0
+    image_root: str = option(".", "folder of the images of lines in POPE's form")
+    batch_size: int = option(8, "prompts answered together; halved when memory runs out; changes no answer")
+    workers: int = option(
+        0,
+        "processes that answer, each with a model, on this machine or the Ray cluster of RAY_ADDRESS (pip "
+        "install 'janus-dola[ray]'); 0: this process alone",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,25 +108,38 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     Raises:
         ValueError: A file is missing or broken, a key is unknown, or a value is wrong.
     """
-    if {"--help", "-h"} & set(argv):
-        print(usage(schema, default))
-        sys.exit()
+    asks_for_help = {"--help", "-h"} & set(argv)
     # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
     text_keys = {key.name for key in fields(schema) if key.type in (str, str | None)}
     files, texts, overrides = [default] if default is not None else [], {}, []
     for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or not key:
-            raise ValueError(f"arguments must be written key=value, got {argument!r}; --help shows the keys")
-        if key == "config":
+        name, equals, value = argument.partition("=")
+        if argument in ("--help", "-h"):
+            continue
+        if not equals or not name:
+            near = difflib.get_close_matches(argument, PROGRAMS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "--help shows the keys"
+            raise ValueError(f"arguments must be written key=value, got {argument!r}; {hint}")
+        if name == "config":
             files.append(Path(value))
-        elif key in text_keys:
-            texts[key] = value
+        elif name in text_keys:
+            texts[name] = value
         else:
             overrides.append(argument)
-    foreign = read_yaml(DEFAULT).keys() - {key.name for key in fields(schema)}  # of other programs
-    layers = [{key: v for key, v in read_yaml(file).items() if key not in foreign} for file in files]
-    return schema(**merge(schema, layers, overrides) | texts)
+    names = {item.name for item in fields(schema)}
+    if asks_for_help:  # whatever else is wrong
+        overrides = [argument for argument in overrides if re.split(r"[.\[=]", argument)[0] in names]
+    foreign = read_yaml(DEFAULT).keys() - names  # of other programs
+    layers = [{name: v for name, v in read_yaml(file).items() if name not in foreign} for file in files]
+    values = merge(schema, layers, overrides) | texts
+    if asks_for_help:
+        origins = {
+            name: str(file) for file, layer in zip(files, layers, strict=True) if file != default for name in layer
+        }
+        given = [re.split(r"[.\[=]", argument)[0] for argument in overrides]
+        print(usage(schema, values, origins | dict.fromkeys([*given, *texts], "command line")))
+        sys.exit()
+    return schema(**values)
 
 
 def config_files(argv: Sequence[str]) -> list[str]:
@@ -151,6 +167,8 @@ def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[
         raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
     except OmegaConfBaseException as error:
         key, names = str(error.full_key or error.key or ""), [item.name for item in fields(schema)]
+        if key in NAMES and "generation" in names and key not in names:
+            raise ValueError(f"unknown key {key!r}, did you mean 'generation.{key}'?") from error
         if key and re.split(r"[.\[]", key)[0] not in names:
             raise ValueError(unknown_key(key, names)) from error
         raise ValueError(f"{key or 'config'}: {first_line(error)}") from error
@@ -199,13 +217,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return keys
 
 
-def usage(schema: type, default: Path | None) -> str:
-    """What --help prints: what the program does, with examples, then its keys with comments."""
-    names = {key.name for key in fields(schema)}
-    text = default.read_text(encoding="utf-8") if default is not None else ""
-    parts = re.split(r"^(?=\w+:|# |\n)", text, flags=re.MULTILINE)  # a key with its comments, a heading, a blank line
-    keys = "".join(part for part in parts if (key := re.match(r"(\w+):", part)) is None or key[1] in names)
-    return "\n".join([inspect.getdoc(sys.modules[schema.__module__]) or "", "", keys, inspect.getdoc(schema) or ""])
+def usage(schema: Any, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """What --help prints: what the program does, with examples, the programs, then its keys by group.
+
+    Args:
+        schema: The program's dataclass.
+        values: The value of each key as it would run.
+        origins: Key -> the file, or "command line", that a value is from, where it is not the default.
+    """
+    lines = [
+        inspect.getdoc(sys.modules[schema.__module__]) or "",
+        "",
+        f"programs: {', '.join(PROGRAMS)}; the first is the default",
+    ]
+    for cls in reversed(schema.__mro__):
+        own = [item for item in fields(schema) if item.name in vars(cls).get("__annotations__", {})]
+        if own:
+            lines += ["", f"# {GROUPS.get(cls.__name__, 'This program')}"]
+        for item in own:
+            text = yaml.safe_dump(values[item.name], default_flow_style=True, allow_unicode=True, width=math.inf)
+            shown = f"{item.name}: {text.removesuffix('...' + chr(10)).strip()}"
+            origin = f"[{origins[item.name]}] " if item.name in origins else ""
+            about = textwrap.wrap(origin + item.metadata["help"], 118 - COLUMN, break_on_hyphens=False)
+            beside = [] if len(shown) < COLUMN else [shown]
+            lines += beside
+            for i, part in enumerate(about):
+                lines.append(f"{shown if i == 0 and not beside else '':<{COLUMN}}# {part}")
+    return "\n".join(lines)
 
 
 def run_program(run: Callable[[Sequence[str]], int | None]) -> None:

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from tqdm import tqdm
 
 from janus.utils.io import load_image
+from janus_dola.config import option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.measures import BASELINE, interval, is_right, summarize, yes_or_no
@@ -33,19 +34,12 @@ DOLA = "on"
 
 @dataclass
 class ReportConfig:
-    """The keys; all else is in the run's settings.
+    """The keys; all else is in the run's settings."""
 
-    Attributes:
-        prompts: The run's file of prompts.
-        output: The run's answers.
-        report: Where to write the page.
-        image_root: Folder of the images of lines in POPE's form.
-    """
-
-    prompts: str = ""
-    output: str = ""
-    report: str = ""
-    image_root: str = "."
+    prompts: str = option("", "the run's file of prompts")
+    output: str = option("", "the run's answers")
+    report: str = option("", "where to write the page (.html)")
+    image_root: str = option(".", "folder of the images of lines in POPE's form")
 
     def __post_init__(self) -> None:
         for key in ("prompts", "output", "report"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from janus.image_generation import build_prompt, generate_images
 from janus.utils.io import load_image
-from janus_dola.config import DoLaConfig
+from janus_dola.config import DoLaConfig, option
 from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.methods import METHODS
@@ -49,15 +49,18 @@ EXAMPLES = {DEMO_IMAGE.name: DEMO_QUESTION, "two.png": "What do you see?", "habi
 
 @dataclass
 class WebConfig(ModelConfig):
-    """The keys of configs/default.yaml, which says what each is for; `use_dola_lm` is not looked at.
+    """The keys of the page, where `use_dola_lm` is not looked at.
 
     generation.max_new_tokens is also the most that one may ask for on the page.
     """
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    open: bool = False
-    text_to_image: bool = False
+    host: str = option("127.0.0.1", "0.0.0.0: whoever reaches this machine may ask")
+    port: int | None = option(None, "null: the first free one from 7860")
+    open: bool = option(False, "open the page in this machine's browser")
+    text_to_image: bool = option(
+        False,
+        "a tab that draws, where the checkpoint's image part is trained (the demo's is not)",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
