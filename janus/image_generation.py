@@ -51,9 +51,15 @@ def generate_images(
     Raises:
         ValueError: `temperature` is negative, or the sizes do not fit each other.
     """
-    side = img_size // patch_size
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if parallel_size < 1:
+        raise ValueError(f"parallel_size must be at least 1, got {parallel_size}")
+    if patch_size != (pixels := 2 ** (len(model.gen_vision_model.decoder.conv_blocks) - 1)):
+        raise ValueError(f"patch_size must be {pixels}, the pixels of a token in this model, got {patch_size}")
+    if img_size < patch_size or img_size % patch_size:
+        raise ValueError(f"img_size must be a positive multiple of patch_size {patch_size}, got {img_size}")
+    side = img_size // patch_size
     if side**2 != image_token_num_per_image:
         raise ValueError(
             f"image_token_num_per_image must be (img_size // patch_size) ** 2 = {side**2}, "

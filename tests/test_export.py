@@ -33,6 +33,7 @@ from transformers import (
     Qwen2ForCausalLM,
     TextStreamer,
 )
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from janus.image_generation import build_prompt, generate_images
 from janus.models import MultiModalityCausalLM, VLChatProcessor
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = {"demo": ROOT / "demo" / "checkpoint", "golden": CHECKPOINT}
 PICTURES = [ROOT / "demo" / "images" / name for name in ("wide.png", "scene.png")]
 ROLES = ["<|User|>", "<|Assistant|>"]
+BEGIN = f"<｜begin▁of▁sentence｜>{DEFAULT_SYSTEM_PROMPT}"  # the template has it, for servers that render nothing else
 SHORT = {"max_new_tokens": 12, "do_sample": False}
 STATIC = DoLaConfig(alpha=0.0, candidate_layers=[1])  # its answers are others than the baseline's
 
@@ -133,7 +135,7 @@ def test_several_texts_keep_their_places_and_a_system_message_its_own(folders: d
     image, texts = {"type": "image", "url": "x"}, [{"type": "text", "text": text} for text in ("A", "B")]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [texts[0], image, texts[1]]}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-    assert prompt == f"Be brief.\n\n<|User|>: A\n{IMAGE_TAG}\nB\n\n<|Assistant|>:"
+    assert prompt == f"{BEGIN}Be brief.\n\n<|User|>: A\n{IMAGE_TAG}\nB\n\n<|Assistant|>:"
     with pytest.raises(Exception, match="role must be system, user or assistant, got tool"):
         processor.apply_chat_template([{"role": "tool", "content": "A"}])
 
@@ -143,7 +145,7 @@ def test_roles(tmp_path: Path) -> None:
     prompt = AutoProcessor.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], add_generation_prompt=True
     )
-    assert prompt == "User: Hi\n\nthe 'assistant: Ho<｜end▁of▁sentence｜>the 'assistant:"
+    assert prompt == BEGIN + "User: Hi\n\nthe 'assistant: Ho<｜end▁of▁sentence｜>the 'assistant:"
 
 
 def differ(width: int, height: int, size: int, min_size: int = 14) -> bool:
@@ -200,8 +202,7 @@ def test_picture_tokens_are_those_of_the_published_layout(
         MultiModalityCausalLM.from_pretrained(PUBLISHED[name], dtype=torch.float32),
     )
     prompt = build_prompt(ours, "a red circle")
-    sides = {"img_size": ours.image_processor.image_size, "image_token_num_per_image": 16}
-    sides["patch_size"] = sides["img_size"] // 4
+    sides = {"img_size": 64, "patch_size": 16, "image_token_num_per_image": 16}
     want, _ = generate_images(published.eval(), ours, prompt, temperature=0, parallel_size=1, **sides)
     given = AutoProcessor.from_pretrained(folders[name])(
         text=prompt.removesuffix(ours.image_start_tag), generation_mode="image", return_tensors="pt"

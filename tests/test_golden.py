@@ -438,3 +438,27 @@ def test_outputs_are_dataclasses(processor: Any) -> None:
     assert dataclasses.is_dataclass(batch)
     assert dict(**batch).keys() == {field.name for field in dataclasses.fields(batch)}
     assert batch["input_ids"] is batch.input_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_size": 70}, "img_size must be a positive multiple of patch_size 16, got 70"),
+        (
+            {"img_size": 0, "image_token_num_per_image": 0},
+            "img_size must be a positive multiple of patch_size 16, got 0",
+        ),
+        ({"patch_size": 8, "image_token_num_per_image": 64}, "patch_size must be 16, the pixels of a token in this"),
+        (
+            {"image_token_num_per_image": 15},
+            r"image_token_num_per_image must be \(img_size // patch_size\) \*\* 2 = 16",
+        ),
+        ({"parallel_size": 0}, "parallel_size must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    model: MultiModalityCausalLM, processor: VLChatProcessor, change: dict[str, int], message: str
+) -> None:
+    """Images came out in other sizes than asked, or PyTorch could not reshape."""
+    with pytest.raises(ValueError, match=message):
+        generate_images(model, processor, build_prompt(processor, "a cat"), **(SIZES | change))

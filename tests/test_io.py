@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,36 @@ def test_config_json_of_the_parts_is_the_published_one(tmp_path: Path) -> None:
     assert len(parts) == 5
     assert {name: written[name] for name in parts} == {name: published[name] for name in parts}
     assert written["language_config"]["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("x"), MemoryError(), struct.error("unpack"), SyntaxError("broken PNG")]
+)
+@pytest.mark.parametrize("opened", [True, False])
+def test_whatever_decoding_raises_is_that_pictures_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, opened: bool
+) -> None:
+    """It ended a whole batch with a traceback, and a MemoryError halved the batch size for good."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    source = PIL.Image.open(WIDE) if opened else WIDE
+    monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match=f"^images: cannot read .*{error or 'MemoryError'}"):
+        load_image(source)
+
+
+def test_a_resized_vocabulary_has_a_head_of_its_size(tmp_path: Path) -> None:
+    """The embedding grew and the head did not, and what was saved could not be loaded."""
+    model = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    before = model.language_model.lm_head.weight.clone()
+    model.resize_token_embeddings(520, mean_resizing=False)
+    assert model.config.language_config.vocab_size == 520
+    assert model.get_output_embeddings() is model.language_model.lm_head
+    assert len(model.language_model.lm_head.weight) == len(model.get_input_embeddings().weight) == 520
+    assert torch.equal(model.language_model.lm_head.weight[:512], before)
+    model.save_pretrained(tmp_path)
+    again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again.language_model.lm_head.weight, model.language_model.lm_head.weight)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)

@@ -339,3 +339,17 @@ def test_output_takes_assignment_by_key_as_published() -> None:
     batch = processor(conversations=turns)
     batch["attention_mask"] = batch["attention_mask"] * 0
     assert batch.attention_mask.sum() == 0
+
+
+def test_the_output_is_a_mapping_that_keeps_what_a_collator_sets(processor: VLChatProcessor) -> None:
+    """`dict(batch)` and `**batch` were without it, so every LoRA recipe for Janus trained on nothing."""
+    turns = [{"role": "<|User|>", "content": "Hi"}, {"role": "<|Assistant|>", "content": ""}]
+    batch = processor(conversations=turns, images=[])
+    names = list(batch)
+    assert names == ["sft_format", "input_ids", "pixel_values", "attention_mask", "images_seq_mask", "images_emb_mask"]
+    batch["labels"] = batch.input_ids.clone()
+    assert "labels" in dict(batch) and batch["labels"] is batch.labels is {**batch}["labels"]
+    assert list(batch) == [*names, "labels"] and len(batch) == len(names) + 1
+    assert "absent" not in batch and "to" not in batch and batch.get("absent") is None
+    with pytest.raises(KeyError, match="absent"):
+        batch["absent"]

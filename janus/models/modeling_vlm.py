@@ -236,6 +236,20 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    # So that resize_token_embeddings changes the head as well, and peft finds what a CAUSAL_LM has.
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+
     def prepare_inputs_embeds(
         self,
         input_ids: Tensor,

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,19 @@ from janus.utils.conversation import Conversation, get_conv_template
 
 
 class DictOutput(Mapping):
-    """A dataclass whose fields read as dict entries too, so that `**output` works."""
+    """A dataclass whose attributes are dict entries too: `**output` has them all, with what a collator has added."""
 
     def __iter__(self) -> Iterator[str]:
-        return (field.name for field in fields(self))  # type: ignore[arg-type]
+        return iter(vars(self))
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
+        return vars(self)[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
 
     def __len__(self) -> int:
-        return len(fields(self))  # type: ignore[arg-type]
+        return len(vars(self))
 
 
 @dataclass

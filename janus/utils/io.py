@@ -52,7 +52,10 @@ def load_image(source: str | os.PathLike[str] | PIL.Image.Image) -> PIL.Image.Im
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(source, PIL.Image.Image):
-        return source.convert("RGB")
+        try:
+            return source.convert("RGB")  # it may not be decoded yet
+        except Exception as error:
+            raise ValueError(f"images: cannot read {source!r}: {str(error) or type(error).__name__}") from error
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"images must hold paths or data URLs, got {source!r}")
     name = str(source)
@@ -79,11 +82,8 @@ def load_image(source: str | os.PathLike[str] | PIL.Image.Image) -> PIL.Image.Im
         raise ValueError(f"images: there is no file {shown!r}") from error
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"images: {shown!r} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for a broken PNG chunk, OSError for a truncated file or one it may not read,
-        # RuntimeError for a broken AVIF; base64 raises ValueError for what is not base64, and open() for a path with a
-        # null character.
-        raise ValueError(f"images: cannot read {shown!r}: {error}") from error
+    except Exception as error:  # Pillow's decoders may raise anything, and MemoryError where a file is absurd
+        raise ValueError(f"images: cannot read {shown!r}: {str(error) or type(error).__name__}") from error
 
 
 def load_pil_images(conversations: Sequence[Mapping[str, Any]]) -> list[PIL.Image.Image]:
