@@ -402,3 +402,50 @@ def test_a_learned_prompt_is_refused() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="must take its prompt as it is, got PeftModelForCausalLM"):
         DoLaJanusWrapper(peft.get_peft_model(small_model(), config))
+
+
+def test_a_whole_janus_is_trained_with_lora_merged_saved_and_asked(tmp_path: Path) -> None:
+    """As the recipes for Janus do it: peft asks for what a CAUSAL_LM has, and the labels are set on the batch."""
+    peft = pytest.importorskip("peft")
+    from conftest import CHECKPOINT, GOLDEN
+
+    from janus.models import MultiModalityCausalLM, VLChatProcessor
+    from janus.utils.io import load_pil_images
+
+    vl_gpt = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    targets = r"language_model\..*\.(q_proj|v_proj|down_proj)"
+    model = peft.get_peft_model(vl_gpt, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+    processor = VLChatProcessor.from_pretrained(CHECKPOINT)
+    image = str(GOLDEN / "expected" / "images" / "wide.png")
+    turns = [
+        {"role": "<|User|>", "content": "<image_placeholder>\nWhat is it?", "images": [image]},
+        {"role": "<|Assistant|>", "content": "It is a ring."},
+    ]
+    batch = processor(conversations=turns, images=load_pil_images(turns))
+    batch["labels"] = batch.input_ids.masked_fill(batch.images_seq_mask, -100)
+
+    def loss(input_ids: Any, attention_mask: Any, labels: Any, **images: Any) -> Any:
+        embeds = vl_gpt.prepare_inputs_embeds(input_ids=input_ids, **images)
+        return vl_gpt.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels).loss
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(8):
+        losses.append(loss(**batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+
+    model.merge_and_unload().save_pretrained(tmp_path)
+    again = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    asked = processor(conversations=[turns[0], {"role": "<|Assistant|>", "content": ""}], images=load_pil_images(turns))
+    answers = []
+    for asked_model in (vl_gpt.eval(), again):
+        with torch.no_grad():
+            prompt = {
+                "inputs_embeds": asked_model.prepare_inputs_embeds(**asked),
+                "attention_mask": asked.attention_mask,
+            }
+            answers.append(DoLaJanusWrapper(asked_model, CONFIG).generate(**prompt, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*answers)
