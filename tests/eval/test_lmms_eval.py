@@ -24,6 +24,7 @@ from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig
 from janus_dola.programs import answer
 from janus_dola.programs import lmms_eval as program
+from janus_dola.programs.engine import Outcome
 from janus_dola.programs.prompts import build_conversation
 
 CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -315,7 +316,7 @@ def test_errors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         model.generate_until([request(model, "What?", {}, images=["film.mp4"])])
     with pytest.raises(ValueError, match="num_return_sequences must be left off"):
         model.generate_until([request(model, "What?", {"num_return_sequences": 2, "num_beams": 2})])
-    monkeypatch.setattr(program, "answer_many", lambda *args: [{"id": args[2][0].id, "error": "out of memory"}])
+    monkeypatch.setattr(program, "answer_many", lambda *args: [(args[2][0], Outcome("out of memory"))])
     with pytest.raises(ValueError, match="task/test/0/1: out of memory"):
         model.generate_until([request(model, "What?", {})])
     with pytest.raises(NotImplementedError, match="one question at a time"):
