@@ -16,7 +16,16 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import calibrate, checkpoint
 from janus_dola.programs.calibrate import choose_winner, two_fold
-from janus_dola.programs.measures import BASELINE, is_right, normalize, pope_measures, summarize, yes_or_no
+from janus_dola.programs.measures import (
+    BASELINE,
+    interval,
+    is_right,
+    normalize,
+    pope_measures,
+    simultaneous_intervals,
+    summarize,
+    yes_or_no,
+)
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import Prompt, read_prompts
 
@@ -44,11 +53,31 @@ def test_a_lucky_bucket_does_not_win_and_a_better_one_does() -> None:
     off = rng.integers(0, 2, 60).tolist()
     lucky = off.copy()
     lucky[off.index(0)] = 1  # one question more
-    winner, reason = choose_winner(summarize(*outcome(off, lucky)))
-    assert winner == BASELINE and "within noise" in reason and "bucket 0" in reason
+    winner, best, reason = choose_winner(summarize(*outcome(off, lucky)))
+    assert (winner, best) == (BASELINE, "bucket 0") and "within noise" in reason and "bucket 0" in reason
     better = [1 if i % 3 else a for i, a in enumerate(off)]
     assert choose_winner(summarize(*outcome(off, better)))[0] == "bucket 0"
     assert choose_winner(summarize(*outcome(off, [0] * 60)))[0] == BASELINE
+
+
+def test_the_best_of_nine_by_chance_is_seldom_named_a_winner() -> None:
+    """Of nine configurations that differ from off by chance alone one was held to an interval for one, and won."""
+    rng = np.random.default_rng(0)
+    wrong = {"one": 0, "all": 0}
+    for _ in range(60):
+        changed = rng.random((9, 200)) < 0.1  # a tenth of 200 answers, for better or worse
+        differences = np.where(changed, rng.choice([-1.0, 1.0], (9, 200)), 0.0)
+        best = int(differences.mean(1).argmax())
+        wrong["one"] += interval(differences[best])[0] > 0
+        wrong["all"] += simultaneous_intervals(differences)[best][0] > 0
+    assert wrong["all"] <= 3 < wrong["one"]  # 5 %
+
+
+def test_simultaneous_intervals_of_one_are_those_of_one() -> None:
+    values = np.random.default_rng(1).integers(-1, 2, (1, 400)).astype(float)
+    (low, high), (one_low, one_high) = simultaneous_intervals(values)[0], interval(values[0])
+    assert low == pytest.approx(one_low, abs=0.01) and high == pytest.approx(one_high, abs=0.01)
+    assert simultaneous_intervals(np.zeros((2, 5))) == [[0.0, 0.0]] * 2  # nothing changed
 
 
 def test_two_fold_reports_on_the_other_half() -> None:
