@@ -247,6 +247,11 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """The language model within generates; transformers would guess otherwise from the next method, and warn."""
+        return False
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
 
