@@ -119,7 +119,8 @@ def test_the_wheel(tmp_path: Path) -> None:
         "configs/default.yaml",
         "configs/janus_pro_7b.yaml",
         "programs/report.html",
-        "programs/web.css",
+        "programs/web/token_view.html",
+        "programs/web/web.css",
         "py.typed",
     )
     for file in (*files, *(f"native/{file}" for file in native)):

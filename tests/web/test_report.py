@@ -14,9 +14,9 @@ from PIL import Image
 
 from janus_dola import DoLaConfig
 from janus_dola.programs import answer
-from janus_dola.programs.calibrate import interval
 from janus_dola.programs.differences import differences
-from janus_dola.programs.prompts import Prompt, normalise
+from janus_dola.programs.measures import interval, normalize
+from janus_dola.programs.prompts import Prompt
 from janus_dola.programs.report import write_report
 from janus_dola.programs.results import Results
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory: Any) -> tuple[Path, list[dict[str, Any]], dict[Any, di
 
 def right(line: dict[str, Any], prompt: dict[str, Any]) -> tuple[bool, bool]:
     """Whether the baseline's answer is right, and DoLa's."""
-    off, on = (normalise(line[key]) == normalise(prompt["answer"]) for key in ("text_baseline", "text"))
+    off, on = (normalize(line[key]) == normalize(prompt["answer"]) for key in ("text_baseline", "text"))
     assert on == line["correct"]
     return off, on
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from janus.image_generation import build_prompt, generate_images
 from janus_dola import DoLaConfig, DoLaTrace
 from janus_dola.programs import answer, checkpoint, web
 from janus_dola.programs.options import read_config
-from janus_dola.programs.side_by_side import answer_both
-from janus_dola.programs.token_view import pieces, token_view
+from janus_dola.programs.prompts import build_conversation
+from janus_dola.programs.web.side_by_side import answer_both
+from janus_dola.programs.web.token_view import pieces, token_view
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "demo" / "images"
@@ -135,7 +137,7 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
 
     config = read_config(answer.AnswerConfig, asked)
     model, processor = checkpoint.load(config)
-    turns = web.build_conversation(config.roles, DESCRIBE, config.images)
+    turns = build_conversation(config.roles, DESCRIBE, config.images)
     *_, (_, trace) = answer_both(model, processor, config, [turns, turns])
     tokens = page.locator("#tokens .token")
     T = int(trace.lengths[0])
@@ -248,7 +250,7 @@ def test_the_api_answers_as_the_command_line(url: str, capsys: Any) -> None:
         result = client.predict(message(question, *pictures), **how, api_name="/ask")
         argv = shlex.split(result[4])
         assert argv[:2] == ["python", "inference_dola.py"]
-        assert [web.escape(answer, quote=False) for answer in cli(capsys, *argv[2:])] == texts(result), how
+        assert [escape(answer, quote=False) for answer in cli(capsys, *argv[2:])] == texts(result), how
         if how.get("layers") == [30]:  # nothing to subtract, nothing to draw
             assert result[3] is None and texts(result)[0] == texts(result)[1]
         else:
@@ -272,7 +274,7 @@ def test_eight_at_once_get_what_each_would_get_alone(url: str) -> None:
     model, processor = checkpoint.load(config)
 
     def alone(what: Any, how: dict[str, Any]) -> Any:
-        turns = web.build_conversation(config.roles, what[0], [str(what[1])])
+        turns = build_conversation(config.roles, what[0], [str(what[1])])
         draws = {"do_sample": True, "temperature": how["temperature"]} if how["temperature"] else {"do_sample": False}
         generation = {"max_new_tokens": how["length"], **draws}
         own = replace(config, seed=how["seed"], generation=generation)
@@ -293,7 +295,7 @@ def test_threads_draw_as_if_they_were_alone() -> None:
     """Both answers of a page draw at the same time; so do a page and a script that uses its process."""
     config = replace(read_config(web.WebConfig, CPU), generation={"do_sample": True, "max_new_tokens": 30})
     model, processor = checkpoint.load(config)
-    turns = web.build_conversation(config.roles, DESCRIBE, [str(IMAGES / "four.png")])
+    turns = build_conversation(config.roles, DESCRIBE, [str(IMAGES / "four.png")])
     state = torch.get_rng_state()
 
     def both(seed: int) -> list[str]:

@@ -24,7 +24,7 @@ Turns = list[dict[str, Any]]
 
 
 class Column(TextStreamer):
-    """Tells a queue what its column's answer goes on with."""
+    """Puts each new piece of its column's text on a queue."""
 
     def __init__(self, tokenizer: Any, index: int, told: SimpleQueue[tuple[int, str | None]]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
@@ -110,7 +110,7 @@ def answer_both(
         calls = [pool.submit(generate, index, prompts[index]) for index in (0, 1)]
         texts, ended = ["", ""], 0
         while ended < 2:
-            try:  # all that was told meanwhile: who looks on may be slower than the model
+            try:  # all that came meanwhile: the reader may be slower than the model
                 index, text = told.get(timeout=1)
                 while True:
                     if text is None:
