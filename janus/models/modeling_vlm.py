@@ -253,7 +253,8 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         return False
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+        language_model: Any = self.language_model
+        return language_model.prepare_inputs_for_generation(*args, **kwargs)
 
     def prepare_inputs_embeds(
         self,

@@ -184,8 +184,8 @@ def run(argv: Sequence[str]) -> None:
         print(f"two-fold: {folds['accuracy']:.3f} with the configuration chosen on the other half ({chosen})")
     output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     # Where off wins the best configuration's keys stand beside it: the next look is at what was measured here.
-    chosen = replace(named[best], use_dola_lm=winner != BASELINE)
-    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(chosen)
+    keys = replace(named[best], use_dola_lm=winner != BASELINE)
+    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(keys)
     about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
     output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")

@@ -193,7 +193,8 @@ def test_500_prompts(browser: Any, tmp_path: Path) -> None:
         words = [f"word{draw.randrange(500)}" for _ in range(300)]
         other = [word if draw.random() < 0.9 else "other" for word in words]
         lines.append({"id": i, "text": " ".join(other), "text_baseline": " ".join(words)})
-        lines[-1] |= {"layers": [draw.choice([22, 24, 26, 28]) for _ in range(300)]}
+        lines[-1] |= {"tokens": 300, "layers": [draw.choice([22, 24, 26, 28]) for _ in range(300)]}
+        lines[-1] |= {"prompt": prompts[-1].fingerprint}
     settings = {"compare": True, "model_path": "x", "dtype": "torch.float32"} | vars(DoLaConfig())
     with Results(tmp_path / "x.jsonl", settings) as results:
         results.write(lines)
