@@ -17,7 +17,11 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=2"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["calibrat"], "arguments must be written key=value, got 'calibrat'; did you mean 'calibrate'?"),
+        (["question=" + "why " * 20_000], "too long: the prompt's 80046 tokens and 2 new ones"),
+        (
+            ["question=" + "why " * 2_000_000],
+            "too long: 8000000 bytes of text are more than the model's 16384",
+        ),
         (["max_new_tokens=5"], "unknown key 'max_new_tokens', did you mean 'generation.max_new_tokens'?"),
         (["--hlep"], "arguments must be written key=value, got '--hlep'; --help shows the keys"),
         (

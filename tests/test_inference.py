@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,13 @@ def test_default_yaml_says_of_every_key_what_the_dataclasses_say() -> None:
     said = dict(re.findall(r"^(\w+):.*? +# (.*)$", text, re.M))
     keys = {item.name: item for schema in (WebConfig, answer_program.AnswerConfig) for item in fields(schema)}
     assert {name: item.metadata["help"] for name, item in keys.items() if name != "image"} == said
-    config = read_config(answer_program.AnswerConfig, [])
-    assert config.dola() == DoLaConfig()
+    given = OmegaConf.to_container(OmegaConf.load(DEFAULT))
+    defaults = {
+        name: item.default if item.default_factory is MISSING else item.default_factory() for name, item in keys.items()
+    }
+    # The file's own: what to run, and how long an answer may be.
+    own = {"model_path": "../demo/checkpoint", "generation": {"max_new_tokens": 512, "do_sample": False}}
+    assert given == {name: own.get(name, default) for name, default in defaults.items() if name != "image"}
 
 
 def test_help_tells_where_a_value_is_from(capsys: Any, tmp_path: Path) -> None:

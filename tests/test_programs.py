@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -180,3 +183,68 @@ def test_the_library_warns_of_logits_that_are_nan(model: Any, prompt: dict[str, 
         handle.remove()
     assert len([w for w in warned if w.category is RuntimeWarning]) == 1
     assert output.scores[0][1].isnan().all() and not output.scores[0][0].isnan().any()
+
+
+def janus_dola(*arguments: str, **how: Any) -> subprocess.Popen[str]:
+    # Whoever started the tests in the background has interrupts ignored, in every process below.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", f"{code}from janus_dola.programs import main; main()", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    return subprocess.Popen(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "out", "err"),
+    [
+        ("--version", 0, r"janus-dola \d+\.\d+\.\d+\n", ""),
+        ("calibrat", 2, "", r"error: .* got 'calibrat'; did you mean 'calibrate'\?\n"),
+        (
+            "nonsense",
+            2,
+            "",
+            r"error: .* got 'nonsense'; programs are answer, calibrate, export, report, web; --help .*\n",
+        ),
+        ("help", 0, r"(?s)Asks a Janus model.*\nprograms: answer, calibrate, export, report, web.*", ""),
+    ],
+)
+def test_words_that_are_no_keys(argument: str, code: int, out: str, err: str) -> None:
+    with janus_dola(argument) as process:
+        said = process.communicate(timeout=60)
+    assert process.returncode == code and re.fullmatch(out, said[0]) and re.fullmatch(err, said[1]), said
+
+
+def test_what_is_said_without_a_model_does_not_import_torch() -> None:
+    """It took five seconds."""
+    code = "import sys\nsys.argv = ['janus-dola', 'calibrat']\nfrom janus_dola import programs\n"
+    code += "try:\n    programs.main()\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+def test_second_thoughts_are_one_line(seconds: float) -> None:
+    """While Python imported, an interrupt was a traceback."""
+    with janus_dola(*TEXT) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, ("", "interrupted\n"))
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with janus_dola("help", stdout=write) as process:
+        os.close(write)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_a_config_that_comes_along_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = read_config(answer.AnswerConfig, ["config=janus_1.3b"])
+    assert (named.model_path, named.roles) == ("deepseek-ai/Janus-1.3B", ["User", "Assistant"])
+    (tmp_path / "janus_1.3b").write_text("model_path: mine\n")  # a file of that name wins
+    assert read_config(answer.AnswerConfig, ["config=janus_1.3b"]).model_path == "mine"
+    with pytest.raises(ValueError, match="config must name a file that can be read, got 'janus_2b'"):
+        read_config(answer.AnswerConfig, ["config=janus_2b"])

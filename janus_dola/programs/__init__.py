@@ -4,6 +4,7 @@ The console script `janus-dola [answer | calibrate | export | report | web] [con
 `answer`.
 """
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,14 +16,18 @@ PROGRAMS = ("answer", "calibrate", "export", "report", "web")
 
 def main() -> None:
     """The console script: runs the program that the first argument names."""
-    from janus_dola.programs.options import run_program
-
     if sys.argv[1:] == ["--version"]:
         print(f"janus-dola {version('janus-dola')}")
         return
-    if sys.argv[1:2] == ["help"]:
+    first = sys.argv[1] if sys.argv[1:] else ""
+    if first == "help":
         sys.argv[1] = "--help"
-    name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in PROGRAMS else "answer"
+    elif first and "=" not in first and not first.startswith("-") and first not in PROGRAMS:
+        near = difflib.get_close_matches(first, PROGRAMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"programs are {', '.join(PROGRAMS)}; --help shows the keys"
+        print(f"error: arguments must be written key=value, got {first!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    name = sys.argv.pop(1) if first in PROGRAMS else "answer"
 
     def run(argv: Sequence[str]) -> int | None:
         try:
@@ -36,7 +41,13 @@ def main() -> None:
             ) from error
         return program.run(argv)
 
-    run_program(run)
+    try:  # the imports take seconds, in which one may have second thoughts
+        from janus_dola.programs.options import run_program
+
+        run_program(run)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def lmms_eval_manifest() -> Any:

@@ -22,11 +22,12 @@ from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
 from janus_dola.programs.options import CONFIGS, ManyConfig, config_files, read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt
 from janus_dola.programs.report import check_report, write_report
 from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
 from janus_dola.trace import DoLaTrace
+from janus_dola.wrapper import DoLaJanusWrapper
 
 DEMO_IMAGE, DEMO_QUESTION = CONFIGS.parent / "demo" / "images" / "scene.png", "Describe the image."
 
@@ -101,7 +102,10 @@ def answer_one(config: AnswerConfig) -> None:
     if config.trace:
         Path(config.trace).mkdir(parents=True, exist_ok=True)
     checkpoint.pick_device(config.device, config.dtype)
-    model, processor = checkpoint.load(config)
+    model_config = checkpoint.load_config(config.model_path)
+    processor = checkpoint.load_processor(config, model_config)
+    check_prompt(turns, processor, model_config, config.generation)
+    model = DoLaJanusWrapper(checkpoint.load_model(config, model_config), config.dola())
     tokenizer = processor.tokenizer
     inputs = processor(conversations=turns, images=pil_images).to(model.device, model.dtype)
     with torch.inference_mode():

@@ -185,7 +185,9 @@ def run(argv: Sequence[str]) -> None:
     output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     # Where off wins the best configuration's keys stand beside it: the next look is at what was measured here.
     keys = replace(named[best], use_dola_lm=winner != BASELINE)
-    mine = {"model_path": config.model_path, "roles": config.roles} | asdict(keys)
+    # A file's model_path that is a folder is relative to the file.
+    path = str(Path(config.model_path).resolve()) if Path(config.model_path).is_dir() else config.model_path
+    mine = {"model_path": path, "roles": config.roles} | asdict(keys)
     about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
     output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")

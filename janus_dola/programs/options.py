@@ -1,8 +1,8 @@
 """The arguments of a program: `key=value` over files of defaults, `--help`, and one-line errors."""
 
-import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import textwrap
@@ -117,11 +117,9 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
         if argument in ("--help", "-h"):
             continue
         if not equals or not name:
-            near = difflib.get_close_matches(argument, PROGRAMS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "--help shows the keys"
-            raise ValueError(f"arguments must be written key=value, got {argument!r}; {hint}")
+            raise ValueError(f"arguments must be written key=value, got {argument!r}; --help shows the keys")
         if name == "config":
-            files.append(Path(value))
+            files.append(config_file(value))
         elif name in text_keys:
             texts[name] = value
         else:
@@ -142,9 +140,15 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     return schema(**values)
 
 
-def config_files(argv: Sequence[str]) -> list[str]:
+def config_file(name: str) -> Path:
+    """The file that config=NAME names: a path, or one of the configs that come along, such as janus_pro_7b."""
+    installed = CONFIGS / f"{name}.yaml"
+    return installed if not Path(name).exists() and installed.is_file() else Path(name)
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
     """The files that `config=FILE` arguments name."""
-    return [argument.removeprefix("config=") for argument in argv if argument.startswith("config=")]
+    return [config_file(argument.removeprefix("config=")) for argument in argv if argument.startswith("config=")]
 
 
 def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -249,7 +253,12 @@ def usage(schema: Any, values: Mapping[str, Any], origins: Mapping[str, str]) ->
 def run_program(run: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a program: an error of the user's is one line on stderr and exit code 2."""
     try:
-        sys.exit(run(sys.argv[1:]) or 0)
+        code = run(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, ImportError) as error:  # a file that cannot be written, an extra not installed
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Prompts: a conversation from arguments, or many from a file of JSON lines, with their answers if there are some."""
 
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -86,9 +87,8 @@ def read_prompts(
     data = read_bytes(path, key)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
         raise ValueError(f"{key} must be UTF-8, got UTF-16 in {str(path)!r}")
-    text_config, new = model_config.get_text_config(), config.generation.get("max_new_tokens") or 1
+    text_config = model_config.get_text_config()
     positions = text_config.max_position_embeddings
-    longest = positions * max(map(len, processor.tokenizer.get_vocab()))  # bytes; a token has at most so many
     lines = {number: _parse(line) for number, line in enumerate(data.splitlines(), 1) if line.strip()}
     first: dict[str | int, int] = {}  # id -> the line that has it
     for number, given in lines.items():
@@ -117,11 +117,7 @@ def read_prompts(
             )
             dola = DoLaConfig(**merge(config.dola(), [{key: given[key] for key in DOLA_KEYS if key in given}]))
             dola.resolve_layers(text_config.num_hidden_layers)
-            size = sum(len(turn["content"].encode()) for turn in turns)
-            if size > longest:  # which the tokenizer would take minutes to find out
-                raise ValueError(f"too long: {size} bytes of text are more than the model's {positions} positions hold")
-            length = prompt_length(turns, processor)
-            check_length(length, new, positions)
+            length = check_prompt(turns, processor, model_config, config.generation)
             if judged and (texts := answer[1] or ([answer[0]] if form == "answer" else [])):
                 scored = encode_continuations(processor.tokenizer, texts)[0].shape[1]
                 check_length(length, scored, positions, "of the longest answer")
@@ -133,6 +129,30 @@ def read_prompts(
 
 def is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def check_prompt(turns: list[dict[str, Any]], processor: Any, model_config: Any, generation: Mapping[str, Any]) -> int:
+    """The prompt's length in tokens, after checking that it and its answer fit the model.
+
+    Raises:
+        ValueError: They do not.
+    """
+    positions = model_config.get_text_config().max_position_embeddings
+    try:
+        size = sum(len(turn["content"].encode()) for turn in turns)
+    except UnicodeEncodeError as error:  # half a surrogate pair
+        raise ValueError(f"prompt must be text that UTF-8 can encode, got {error.object!r}") from error
+    if size > positions * longest_token(processor.tokenizer):  # the tokenizer would take minutes to find out
+        raise ValueError(f"too long: {size} bytes of text are more than the model's {positions} positions hold")
+    length = prompt_length(turns, processor)
+    check_length(length, generation.get("max_new_tokens") or 1, positions)
+    return length
+
+
+@functools.lru_cache(maxsize=1)
+def longest_token(tokenizer: Any) -> int:
+    """The bytes of the longest token."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def check_length(prompt: int, new: int, positions: int, what: str = "new ones (max_new_tokens)") -> None:
