@@ -146,9 +146,9 @@ def config_file(name: str) -> Path:
     return installed if not Path(name).exists() and installed.is_file() else Path(name)
 
 
-def config_files(argv: Sequence[str]) -> list[Path]:
+def config_files(argv: Sequence[str]) -> list[str]:
     """The files that `config=FILE` arguments name."""
-    return [config_file(argument.removeprefix("config=")) for argument in argv if argument.startswith("config=")]
+    return [str(config_file(argument.removeprefix("config="))) for argument in argv if argument.startswith("config=")]
 
 
 def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
