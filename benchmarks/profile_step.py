@@ -26,12 +26,12 @@ from janus_dola.programs.options import read_config, run_program
 from janus_dola.wrapper import DoLaJanusWrapper
 
 # What is timed: functions that a step calls one after the other, none from within another.
-OF_DOLA = {
-    "exits: norm, prepend": (ExitView, "prepend_exits"),
-    "read: softmax, JSD": (processor, "read"),
-    "choose: M, contrast": (processor, "choose"),
+EXITS = {
+    "exits: ahead of the norm": (ExitView, "join_exits"),
+    "exits: ahead of the head": (ExitView, "prepend_exits"),
 }
-OF_COMPILED = {"formulas": (processor.DoLaLogitsProcessor, "_step")}
+OF_FORMULAS = {"read: softmax, JSD": (processor, "read"), "choose: M, contrast": (processor, "choose")}
+ALL_FORMULAS = {"formulas": (processor.DoLaLogitsProcessor, "_step")}  # on a GPU one graph, compiled one function
 OTHER = "rest of generate"
 
 
@@ -76,7 +76,9 @@ def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
     if not compiled:
         parts = [("decoder layers", layer, "forward") for layer in model.get_decoder().layers]
         parts.append(("lm_head", model.phi, "forward"))
-    parts += [(name, *place) for name, place in (OF_COMPILED if compiled else OF_DOLA).items()]
+        parts += [(name, *place) for name, place in EXITS.items()]
+    whole = compiled or model.device.type == "cuda"
+    parts += [(name, *place) for name, place in (ALL_FORMULAS if whole else OF_FORMULAS).items()]
     with ExitStack() as stack:
         for name, owner, attribute in parts:
             stack.enter_context(patch.object(owner, attribute, label(name, getattr(owner, attribute))))

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 # What a call leaves on a model for the next one: compiled functions and caches, bound to that model.
 PER_CALL_STATE = ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length")
 
+NORMED = 0  # in place of a layer's number: the exits, normed
+
 
 def generating_model(model: Any) -> Any:
     """The part of a model that generates text: itself, or what a Janus, a compiled or an adapted model holds.
@@ -74,10 +76,11 @@ def path_to(target: nn.Module, root: nn.Module) -> list[str]:
 class ExitView:
     """A view whose forward pass also gives the logits of early exits, or keeps their hidden states.
 
-    A decode step is bound by reading weights, and the head is one of the largest. So the exits h_j, normed, go into the
-    head's own input, ahead of the hidden states that are there: one call, one reading, and what the model does to its
-    logits after the head is done to the exits as well. `generate` reads the last position of the logits, and finds
-    there what it always does.
+    A decode step is bound by reading weights, and the head is one of the largest. So the exits h_j go through the final
+    norm beside the hidden states that are there, and ahead of them into the head: one call, one reading, and what the
+    model does to its logits after the head is done to the exits as well. Between the two the exits stand aside, since a
+    model may cut positions off there. `generate` reads the last position of the logits, and finds there what it always
+    does.
 
     Args:
         model: As `generating_model` gives it.
@@ -105,7 +108,7 @@ class ExitView:
         self.model = shallow_copy(model)
         self.hidden: dict[int, Tensor] = {}
         self._copies: dict[nn.Module, Any] = {model: self.model}
-        self._layers, self._ln_out = layers, model.get_decoder().norm
+        self._layers = layers
         self._logits: Any = None
         for name, _ in model.named_modules() if whole else ():
             self.own(name.split(".") if name else [])
@@ -117,6 +120,9 @@ class ExitView:
             self._update = self.model._update_model_kwargs_for_generation
             self.model._update_model_kwargs_for_generation = self._keep_exits
         if layers and keep is None:
+            norm = self.own(path_to(model.get_decoder().norm, model))
+            norm.register_forward_pre_hook(self.join_exits)
+            norm.register_forward_hook(self._part_exits)
             head = self.own(path_to(model.get_output_embeddings(), model))
             if _is_plain(head):
                 head.__class__ = TransposedLinear
@@ -165,11 +171,20 @@ class ExitView:
 
         return tap
 
+    def join_exits(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The final norm's forward pre-hook: the exits ahead of its input, [rows, J + T, d]."""
+        hidden, *rest = args
+        return (torch.cat([*(self.hidden.pop(j).to(hidden) for j in self._layers), hidden], dim=1), *rest)
+
+    def _part_exits(self, module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
+        J = len(self._layers)
+        self.hidden[NORMED] = normed[:, :J]
+        return normed[:, J:]
+
     def prepend_exits(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The head's forward pre-hook: the exits, normed, ahead of its input."""
-        hidden, *rest = args  # [rows, T, d], normed
-        exits = torch.cat([self.hidden.pop(j).to(hidden.device) for j in self._layers], dim=1)
-        return (torch.cat([self._ln_out(exits).to(hidden), hidden], dim=1), *rest)  # [rows, J + T, d]
+        """The head's forward pre-hook: the exits ahead of its input, [rows, J + T, d]."""
+        hidden, *rest = args
+        return (torch.cat([self.hidden.pop(NORMED).to(hidden), hidden], dim=1), *rest)
 
     def _keep_exits(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._logits = outputs.logits

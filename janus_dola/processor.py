@@ -37,6 +37,37 @@ def compiled_formulas(backend: str | Callable[..., Any]) -> Callable[..., tuple[
     return torch.compile(formulas, backend=backend)
 
 
+class GraphedFormulas:
+    """`formulas` as a CUDA graph, for eager calls, in which a GPU waits for the CPU: one start in place of 40.
+
+    Args:
+        logits, exits, candidates, strength: As `formulas` takes them; those of later calls are of these shapes.
+        method: That of all its calls.
+    """
+
+    def __init__(self, logits: Tensor, exits: Tensor, candidates: Tensor, strength: Tensor, method: Method) -> None:
+        self.inputs = logits.clone(), exits.clone(), candidates.clone(), strength.clone()
+        formulas(*self.inputs, method)  # loads the kernels, which a capture must not
+        stream, current = torch.cuda.Stream(logits.device), torch.cuda.current_stream(logits.device)
+        stream.wait_stream(current)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin(capture_error_mode="thread_local")  # other threads go on
+            try:
+                self.outputs = formulas(*self.inputs, method)
+            finally:
+                self.graph.capture_end()
+        current.wait_stream(stream)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `formulas` makes of the first tensors, the others as they were; log p̂ alone outlives the next call."""
+        for own, given in zip(self.inputs, tensors, strict=False):
+            own.copy_(given)
+        self.graph.replay()
+        log_qN, log_p, M_index, jsd = self.outputs
+        return log_qN, log_p.clone(), M_index, jsd
+
+
 def expand(rows: Rows, each: int, like: Tensor) -> Rows:
     """The rows of `each` beams, or returned sequences, of each prompt, on the device and in the dtype of `like`."""
     candidates, strength = rows.candidates.to(like.device), rows.strength.to(like)
@@ -59,6 +90,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         record: Is told what happened at each step, as `trace.Recorder.record` is.
         beams: Whether the scores are log-probabilities, as in beam search, and not logits.
         backend: Tells by which compiler the forward pass was compiled; the formulas then are, too. None: it was not.
+        graphs: Those that no call is using. They are kept: a new one costs 1 ms, and memory that no other can use.
     """
 
     def __init__(
@@ -69,12 +101,15 @@ class DoLaLogitsProcessor(LogitsProcessor):
         record: Callable[..., None] | None = None,
         beams: bool = False,
         backend: Callable[[], str | Callable[..., Any] | None] = lambda: None,
+        graphs: dict[Any, list[GraphedFormulas]] | None = None,
     ) -> None:
         self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
         self.changes_nothing = rows.changes_nothing  # the baseline bit for bit, traced or not
         if record is not None:  # it shows the JSD of every row
             rows = rows._replace(methods=[method._replace(dynamic=True) for method in rows.methods])
         self.rows = rows
+        self.graphs = graphs if record is None else None  # a record keeps more than log p̂
+        self.lent: dict[int, tuple[Any, GraphedFormulas]] = {}  # key and graph, by the first row that it is for
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
@@ -101,8 +136,26 @@ class DoLaLogitsProcessor(LogitsProcessor):
         method, logits, backend = self.rows.methods[part.start], scores[part], self.backend()
         if self.beams and method.name == "sled":  # it compares logits of layers: a constant matters to it alone
             logits = logits + final[part].to(logits).logsumexp(-1, keepdim=True)
-        step = formulas if backend is None else compiled_formulas(backend)
-        return step(logits, exits[part], self.rows.candidates[part], self.rows.strength[part], method)
+        arguments = logits, exits[part], self.rows.candidates[part], self.rows.strength[part], method
+        if backend is not None:
+            return compiled_formulas(backend)(*arguments)
+        if scores.device.type != "cuda" or self.graphs is None:
+            return formulas(*arguments)
+        if part.start in self.lent:
+            return self.lent[part.start][1](*arguments[:2])
+        key = (scores.device, *((tensor.shape, tensor.dtype) for tensor in arguments[:3]), method)
+        try:
+            graph = self.graphs.setdefault(key, []).pop()
+        except IndexError:
+            graph = GraphedFormulas(*arguments)
+        self.lent[part.start] = key, graph
+        return graph(*arguments[:4])
+
+    def give_back(self) -> None:
+        """Ends the call: its graphs are there for later ones."""
+        for key, graph in self.lent.values():
+            self.graphs[key].append(graph)  # type: ignore[index]
+        self.lent.clear()
 
 
 class NaNWatch(LogitsProcessor):

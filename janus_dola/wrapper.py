@@ -13,7 +13,7 @@ from transformers import GenerationMixin, LogitsProcessor
 from janus_dola.call import Call
 from janus_dola.config import DoLaConfig, by_row
 from janus_dola.exits import ExitView, generating_model, shallow_copy
-from janus_dola.processor import DoLaLogitsProcessor, NaNWatch
+from janus_dola.processor import DoLaLogitsProcessor, GraphedFormulas, NaNWatch
 from janus_dola.score import score_continuations
 from janus_dola.trace import DoLaTrace, Recorder
 
@@ -46,9 +46,10 @@ class DoLaJanusWrapper:
         self._compiled: dict[tuple[Any, ...], list[ExitView]] = (
             model._compiled if isinstance(model, DoLaJanusWrapper) else {}
         )
+        self._graphs: dict[Any, list[GraphedFormulas]] = model._graphs if isinstance(model, DoLaJanusWrapper) else {}
 
-    def __getstate__(self) -> dict[str, Any]:  # compiled views are not copied
-        return vars(self) | {"_compiled": {}}
+    def __getstate__(self) -> dict[str, Any]:  # compiled views and graphs are not copied
+        return vars(self) | {"_compiled": {}, "_graphs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # `__getattr__` needs `model`, which is not set yet
         vars(self).update(state)
@@ -150,8 +151,11 @@ class DoLaJanusWrapper:
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
         with self._view(model, rows.layers, whole) as view:
             record = None if recorder is None else recorder.record
-            processor = DoLaLogitsProcessor(view.take, rows, outside, record, num_beams > 1, view.backend)
-            output = self._run(call, [processor], recorder, view.model)
+            processor = DoLaLogitsProcessor(view.take, rows, outside, record, num_beams > 1, view.backend, self._graphs)
+            try:
+                output = self._run(call, [processor], recorder, view.model)
+            finally:
+                processor.give_back()
         if recorder is not None:
             recorder.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
         return output

@@ -80,14 +80,15 @@ def test_latency_refuses(argument: str, message: str) -> None:
 
 
 def test_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    before = [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()]
+    parts = profile_step.EXITS | profile_step.OF_FORMULAS
+    before = [getattr(owner, name) for owner, name in parts.values()]
     profile_step.run(["shape=tiny", "layers=2", "prompt=9", "tokens=5", "device=cpu"])
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     baseline, dola = ({row[0]: float(row[column]) for row in table[1:]} for column in (2, 4))  # operations
-    assert list(dola) == ["decoder layers", "lm_head", *profile_step.OF_DOLA, profile_step.OTHER, "total"]
+    assert list(dola) == ["decoder layers", "lm_head", *parts, profile_step.OTHER, "total"]
     assert baseline["decoder layers"] == dola["decoder layers"] > 50
-    assert all(baseline[name] == 0 < dola[name] for name in profile_step.OF_DOLA)
-    assert [getattr(owner, name) for owner, name in profile_step.OF_DOLA.values()] == before
+    assert all(baseline[name] == 0 < dola[name] for name in parts)
+    assert [getattr(owner, name) for owner, name in parts.values()] == before
     with pytest.raises(ValueError, match="tokens must be an integer of at least 3, got 2"):
         profile_step.run(["tokens=2"])
     with pytest.raises(ValueError, match="layers must be at most 2 for 6 layers, got 3"):

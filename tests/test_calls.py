@@ -184,7 +184,7 @@ def hooks(model: Any) -> dict[str, tuple[list[int], list[int]]]:
 
 
 POINTS = ["layer 22", "layer 24", "layer 26", "layer 28", "layer 30", "norm", "lm_head", "processor", "criteria"]
-POINTS += ["streamer", "ExitView.prepend_exits", "ExitView.take", "trace", "read", "choose"]
+POINTS += ["streamer", "ExitView.join_exits", "ExitView.prepend_exits", "ExitView.take", "trace", "read", "choose"]
 
 
 @pytest.fixture(scope="module")
