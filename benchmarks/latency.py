@@ -43,7 +43,7 @@ class LatencyOptions(common.Threads):
         batch, beams: Sequences, and beams of each.
         compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is of the same kind.
         layers: J, the number of candidate layers.
-        variants: Some of baseline, dola, deco, sled, one call per exit, hidden states; baseline first.
+        variants: Some of baseline, dola, deco, sled, confident, one call per exit, hidden states; baseline first.
         rounds: Each runs all variants once.
         prompt, tokens: Embeddings in the prompt, and new tokens; there is no end of sequence.
         device: auto, or a PyTorch device.
@@ -127,6 +127,7 @@ VARIANTS: dict[str, Any] = {
     "dola": None,
     "deco": None,
     "sled": None,
+    "confident": None,
     "one call per exit": one_call_per_exit,
     "hidden states": hidden_states,
 }

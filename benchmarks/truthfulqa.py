@@ -2,7 +2,7 @@
 
 A text model stands in as the language model of a wrapped Janus. Every answer of a question is scored (log-probability
 of its tokens) with DoLa off, with V_head alone, with each bucket and with each bucket's candidates one by one, and with
-DeCo and SLED, all from one forward pass.
+DeCo, SLED and Confident, all from one forward pass.
 """
 
 import csv
@@ -137,6 +137,7 @@ def configurations(num_layers: int) -> dict[str, DoLaConfig]:
         named[f"deco, bucket {bucket_id}"] = DoLaConfig(method="deco", bucket_id=bucket_id)
         sled = DoLaConfig(method="sled", bucket_id=bucket_id, sled_rate=2.5, sled_top_k=75)  # its code's for TruthfulQA
         named[f"sled, bucket {bucket_id}"] = sled
+    named["confident"] = DoLaConfig(method="confident")
     for layer in sum(buckets, ()):
         named[f"layer {layer}, alpha 0.1"] = DoLaConfig(candidate_layers=[layer])
     return named

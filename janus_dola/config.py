@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from janus_dola.dola_runtime import buckets, candidates_in_bucket
-from janus_dola.methods import METHODS
+from janus_dola.methods import CONFIDENT_LAYERS, METHODS
 
 
 def option(default: Any, about: str) -> Any:
@@ -30,7 +30,8 @@ class DoLaConfig:
 
     `alpha` is the threshold of V_head (eq. 4 of the paper), in [0, 1]. One candidate layer is static DoLa; none, or the
     last layer alone, leaves nothing to subtract. DeCo and SLED take all layers of a bucket; DeCo's upper one is what
-    its paper uses, layers 20 to 28 of 32. The strengths of DeCo and SLED are at least 0.
+    its paper uses, layers 20 to 28 of 32. Confident takes the last 10 layers, whatever the bucket. The strengths of
+    DeCo and SLED are at least 0.
 
     Raises:
         ValueError: A value is out of its range, or of another method.
@@ -43,7 +44,7 @@ class DoLaConfig:
         "layers (from 1) to contrast with, such as [22, 26]; wins over bucket_id",
     )
     bucket_id: int = option(2, "0, 1, 2: candidates from the lower, middle, upper third of the layers")
-    method: str = option("dola", "or deco, sled: other methods on the same exits")
+    method: str = option("dola", "or deco, sled, confident: other methods on the same exits")
     deco_alpha: float = option(0.6, "DeCo: how much of the surest exit's logits is added; its paper's value")
     sled_rate: float = option(2.0, "SLED: how far the logits move towards what the exits foretell; its paper's value")
     sled_top_k: int = option(10, "SLED: how many tokens remain; its paper has 10 for generation, 75 for TruthfulQA")
@@ -52,7 +53,7 @@ class DoLaConfig:
         if self.method not in METHODS:
             near = difflib.get_close_matches(str(self.method), METHODS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"method must be dola, deco or sled, got {self.method!r}{hint}")
+            raise ValueError(f"method must be dola, deco, sled or confident, got {self.method!r}{hint}")
         if not isinstance(self.alpha, Real) or not 0 <= self.alpha <= 1:  # also refuses NaN
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha!r}")
         if not isinstance(self.bucket_id, Integral) or self.bucket_id not in (0, 1, 2):
@@ -80,6 +81,8 @@ class DoLaConfig:
         """
         if self.candidate_layers is None and self.method == "dola":
             return candidates_in_bucket(num_layers, self.bucket_id)
+        if self.candidate_layers is None and self.method == "confident":
+            return tuple(range(max(1, num_layers - CONFIDENT_LAYERS + 1), num_layers))
         if self.candidate_layers is None:
             first, last = buckets(num_layers)[self.bucket_id]
             if self.method == "deco" and self.bucket_id == 2:
@@ -111,7 +114,7 @@ class Rows(NamedTuple):
     Attributes:
         layers: The J exits j < N to be read, lowest first.
         candidates: Which of them each row may choose from, bool [rows, J].
-        strength: The first of each row's `METHODS` keys, float64 [rows].
+        strength: The first of each row's `METHODS` keys, float64 [rows]; 0 where the method has none.
         methods: Each row's.
     """
 
@@ -142,11 +145,11 @@ def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int]
     off = DoLaConfig(alpha=0.0, candidate_layers=[])
     on = [replace(config) if config.use_dola_lm else off for config in configs]
     own = [{j for j in config.resolve_layers(num_layers) if j < num_layers} for config in on]
-    # Without an exit DeCo and SLED have nothing to add; DoLa still limits q_N to V_head.
+    # Without an exit the others have nothing to read; DoLa still limits q_N to V_head.
     on = [config if each or config.method == "dola" else off for config, each in zip(on, own, strict=True)]
     exits = tuple(sorted(set().union(*own)) if layers is None else layers)
     candidates = torch.tensor([[j in each for j in exits] for each in own], dtype=torch.bool)
-    strength = [getattr(config, METHODS[config.method][0]) for config in on]
+    strength = [getattr(config, METHODS[config.method][0]) if METHODS[config.method] else 0.0 for config in on]
     several = (candidates.sum(-1) > 1).tolist()
     methods = [
         Method(config.method, config.sled_top_k, config.method == "dola" and more)

@@ -1,4 +1,4 @@
-"""Other readings of the same exits: DeCo and SLED; and `choose`, which knows every method by name.
+"""Other readings of the same exits: DeCo, SLED and Confident; and `choose`, which knows every method by name.
 
 The symbols are those of `dola_runtime`; z are logits.
 """
@@ -10,10 +10,16 @@ from torch import Tensor
 
 from janus_dola.dola_runtime import Reading, dola, log_softmax, softmax
 
-# The keys of `DoLaConfig` that belong to each method, its strength first.
-METHODS = {"dola": ("alpha",), "deco": ("deco_alpha",), "sled": ("sled_rate", "sled_top_k")}
+# The keys of `DoLaConfig` that belong to each method, its strength first; Confident has none.
+METHODS: dict[str, tuple[str, ...]] = {
+    "dola": ("alpha",),
+    "deco": ("deco_alpha",),
+    "sled": ("sled_rate", "sled_top_k"),
+    "confident": (),
+}
 DECO_K, DECO_P = 20, 0.9  # of all their experiments
 SLED_STEPS = 10  # T
+CONFIDENT_LAYERS = 10  # the last ones, N among them, as its authors run it
 COS_EPS = 1e-6  # cosines up to this count as 0: they are rounding (an exit equal to z_N up to a constant has no others)
 
 
@@ -25,7 +31,7 @@ def choose(
     Args:
         reading: What `read` gives for these rows.
         candidates: Which exits each row may choose from, bool [rows, J].
-        strength: α of `dola` or `deco`, η of `sled`, [rows].
+        strength: α of `dola` or `deco`, η of `sled`, [rows]; `confident` has none.
         method: A key of `METHODS`.
         top_k: SLED's k.
 
@@ -40,6 +46,8 @@ def choose(
     eligible = candidates & ~reading.jsd.isnan()
     if method == "deco":
         log_p, M_index, found = deco(reading, eligible, strength)
+    elif method == "confident":
+        log_p, M_index, found = confident(reading, eligible)
     else:
         log_p, M_index, found = sled(reading, eligible, strength, top_k)
     return torch.where(found.unsqueeze(1), log_p, reading.log_qN), M_index.where(found, J)
@@ -110,6 +118,43 @@ def sled(reading: Reading, candidates: Tensor, rate: Tensor, k: int) -> tuple[Te
         z = z - (softmax(z)[0] - P).mul_(rate.to(P).unsqueeze(-1) * (1 - t / SLED_STEPS))
     log_p = torch.full_like(z, -math.inf).scatter(-1, tokens, log_softmax(z.gather(-1, tokens)))
     return log_p, s.sum(-1).argmax(-1), total > 0
+
+
+def confident(reading: Reading, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Confident Decoding (arXiv 2606.21906; vLLM's RFC 48080): from N backwards, the layer where entropy stops falling.
+
+    H_j = −Σ q_j log q_j; from N on M goes down the candidates as long as each is surer than the one before, H_j < H_M;
+    p̂ = q_M: no contrast, and no V_head.
+
+    Departures: a token that the caller ruled out (−∞ in z_N) is left out of every q_j; other penalties are of q_N
+    alone. Their code divides H by log V, which decides nothing, and can leave a step to N with a probability of 1 − p;
+    p = 1 here, its default.
+
+    Args:
+        reading: What `read` gives for these rows; the JSD is not used.
+        candidates: Which exits each row may choose from, bool [rows, J], J at least 1.
+
+    Returns:
+        log p̂, [rows, V]; M's index, int64 [rows]; whether M < N, bool [rows]: the other two are undefined for rows in
+        which no candidate is surer.
+    """
+    J = candidates.shape[1]
+    ruled_out = reading.log_qN.isneginf().unsqueeze(1)
+    log_qj = log_softmax(reading.log_qj.masked_fill(ruled_out, -math.inf))
+    entropy, least = _entropy(log_qj), _entropy(reading.log_qN)  # [rows, J], [rows]
+    M_index = torch.full_like(least, J, dtype=torch.long)
+    falling = torch.ones_like(M_index, dtype=torch.bool)
+    for j in reversed(range(J)):
+        surer = falling & candidates[:, j] & (entropy[:, j] < least)
+        falling = surer | (falling & ~candidates[:, j])
+        M_index, least = M_index.masked_fill(surer, j), torch.where(surer, entropy[:, j], least)
+    row = torch.arange(len(M_index), device=M_index.device)
+    return log_qj[row, M_index.clamp(max=J - 1)], M_index, M_index < J
+
+
+def _entropy(log_q: Tensor) -> Tensor:
+    """−Σ q log q, [..., V] -> [...]."""
+    return -(log_q.exp() * log_q.clamp(min=torch.finfo(log_q.dtype).min)).sum(-1)  # 0 log 0 = 0
 
 
 def _cosines(reading: Reading, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import entr, log_softmax, rel_entr, softmax
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -80,6 +80,21 @@ def oracle_sled(z_N: np.ndarray, exits: np.ndarray, rate: float, k: int = 10, T:
     return log_p
 
 
+def oracle_confident(z_N: np.ndarray, exits: np.ndarray) -> np.ndarray:
+    """Confident Decoding's log p̂ [rows, V]: from the last layer back while the entropy falls, row by row."""
+    log_p = np.zeros(z_N.shape)
+    for row in range(len(z_N)):
+        allowed = ~np.isneginf(z_N[row])
+        layers = [*exits[row].astype(np.float64), z_N[row].astype(np.float64)]
+        q = [softmax(np.where(allowed, z, -np.inf)) for z in layers]
+        M = len(q) - 1
+        while M and entr(q[M - 1]).sum() < entr(q[M]).sum():
+            M -= 1
+        with np.errstate(divide="ignore"):
+            log_p[row] = np.log(q[M])
+    return log_p
+
+
 @torch.no_grad()
 def all_logits(model: Any, embeds: Tensor, mask: Tensor, tokens: Tensor) -> np.ndarray:
     """Logits of every layer at the last position, [rows, N, V] in float64: no cache, no hook, one head call each."""
@@ -120,6 +135,8 @@ def oracle_step(logits: np.ndarray, penalised: np.ndarray, config: DoLaConfig) -
     exits = logits[:, [layer - 1 for layer in layers]]
     if config.method == "deco":
         return oracle_deco(penalised, exits, config.deco_alpha)
+    if config.method == "confident":
+        return oracle_confident(penalised, exits)
     return oracle_sled(penalised, exits, config.sled_rate, config.sled_top_k)
 
 

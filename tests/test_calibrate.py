@@ -124,6 +124,7 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     names = [f"bucket {b}, alpha 0.1" for b in (0, 1, 2)] + [
         f"{m}, bucket {b}" for m in ("deco", "sled") for b in (0, 1, 2)
     ]
+    names.append("confident")
     assert list(report["table"]) == ["off", *names]
     assert all(row["questions"] == 4 for row in report["table"].values())
     assert "two-fold" in out
@@ -267,8 +268,8 @@ def test_stop_strings(folder: Path) -> None:
         (["data=nowhere.jsonl"], "data must name a file that can be read, got 'nowhere.jsonl'"),
         (["output=mine.txt"], "output must end in .yaml, got 'mine.txt'"),
         (["alphas=[]"], "alphas must hold at least one"),
-        (["methods=[]"], "methods must be some of dola, deco, sled, got []"),
-        (["methods=[dola,sledge]"], "method must be dola, deco or sled, got 'sledge', did you mean 'sled'?"),
+        (["methods=[]"], "methods must be some of dola, deco, sled, confident, got []"),
+        (["methods=[dola,sledge]"], "method must be dola, deco, sled or confident, got 'sledge', did you mean 'sled'?"),
         (["alphas=[2]"], "alpha must be in"),
     ],
 )

@@ -192,7 +192,7 @@ def test_help_tells_where_a_value_is_from(capsys: Any, tmp_path: Path) -> None:
     assert re.search(r"^alpha: 0.4 +# \[command line\] tokens less likely", out, re.M)
     assert re.search(rf"^bucket_id: 1 +# \[{re.escape(str(file))}\] 0, 1, 2: candidates", out, re.M)
     assert re.search(r"^question: 'Is it: red\?' +# \[command line\]", out, re.M)
-    assert re.search(r"^method: dola +# or deco, sled", out, re.M)
+    assert re.search(r"^method: dola +# or deco, sled, confident", out, re.M)
 
 
 @pytest.mark.parametrize(

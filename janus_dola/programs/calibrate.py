@@ -72,7 +72,9 @@ class CalibrateConfig(ManyConfig):
         for method, bucket_id in product(dict.fromkeys(self.methods), (0, 1, 2)):
             for alpha in self.alphas if method == "dola" else ():
                 named[f"bucket {bucket_id}, alpha {alpha:g}"] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
-            if method != "dola":
+            if method == "confident":  # which has layers of its own
+                named[method] = DoLaConfig(method=method)
+            elif method != "dola":
                 named[f"{method}, bucket {bucket_id}"] = DoLaConfig(method=method, bucket_id=bucket_id)
         return named
 

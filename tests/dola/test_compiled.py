@@ -91,7 +91,7 @@ def test_inductor(model: Any) -> None:
     torch.testing.assert_close(trace.jsd, want_trace.jsd, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["deco", "sled"])
+@pytest.mark.parametrize("method", ["deco", "sled", "confident"])
 def test_the_formulas_of_other_methods(model: Any, method: str) -> None:
     """Beside rows of DoLa, each method a graph of its own."""
     wrapper = DoLaJanusWrapper(model, ON)

@@ -35,9 +35,9 @@ def test_candidate_layers_win_over_bucket_id() -> None:
         ({"alpha": "x"}, "alpha .* got 'x'"),
         ({"alpha": None}, "alpha .* got None"),
         ({"bucket_id": 1.0}, "bucket_id .* got 1.0"),
-        ({"method": "deko"}, "method must be dola, deco or sled, got 'deko', did you mean 'deco'?"),
-        ({"method": "opera"}, "method must be dola, deco or sled, got 'opera'$"),
-        ({"method": None}, "method must be dola, deco or sled, got None"),
+        ({"method": "deko"}, "method must be dola, deco, sled or confident, got 'deko', did you mean 'deco'?"),
+        ({"method": "opera"}, "method must be dola, deco, sled or confident, got 'opera'$"),
+        ({"method": None}, "method must be dola, deco, sled or confident, got None"),
         ({"method": "deco", "alpha": 0.3}, "alpha is of method dola, got alpha=0.3 with method 'deco'"),
         ({"deco_alpha": 1.0}, "deco_alpha is of method deco, got deco_alpha=1.0 with method 'dola'"),
         ({"method": "deco", "sled_top_k": 5}, "sled_top_k is of method sled, got sled_top_k=5 with method 'deco'"),
@@ -61,9 +61,11 @@ def test_refused(arguments: dict[str, Any], message: str) -> None:
         ("deco", 30, 1, range(11, 21)),
         ("sled", 30, 2, range(21, 30)),
         ("sled", 24, 0, range(1, 9)),
+        ("confident", 30, 0, range(21, 30)),  # the last ten with N, whatever the bucket
+        ("confident", 6, 2, range(1, 6)),
     ],
 )
-def test_deco_and_sled_take_all_layers_of_a_bucket(method: str, num_layers: int, bucket_id: int, want: range) -> None:
+def test_layers_of_other_methods(method: str, num_layers: int, bucket_id: int, want: range) -> None:
     config = DoLaConfig(method=method, bucket_id=bucket_id)
     assert config.resolve_layers(num_layers) == tuple(want)
     assert DoLaConfig(method=method, candidate_layers=[3, 1]).resolve_layers(num_layers) == (1, 3)

@@ -30,6 +30,8 @@ CONFIGS = [
     DoLaConfig(method="deco", deco_alpha=2.0, candidate_layers=[3, 11, 29]),
     DoLaConfig(method="sled"),
     DoLaConfig(method="sled", sled_rate=5.0, sled_top_k=4, candidate_layers=[*range(1, N + 1)]),
+    DoLaConfig(method="confident"),
+    DoLaConfig(method="confident", candidate_layers=[*range(1, N + 1)]),
 ]
 
 
@@ -135,14 +137,19 @@ METHODS = [
     DoLaConfig(method="sled", bucket_id=0),
     DoLaConfig(method="deco", deco_alpha=1.5),
     DoLaConfig(method="sled", sled_top_k=3, candidate_layers=[5, 29]),
+    DoLaConfig(method="confident", candidate_layers=[10, 20, 29]),
 ]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_each_row_follows_its_own_method(model: Any, prompt: dict[str, Any], num_beams: int) -> None:
-    """DoLa, DeCo and SLED in one batch, in any order, traced or not: each row as its method's oracle has it."""
+    """All methods in one batch, in any order, traced or not: each row as its method's oracle has it."""
     wrapper, details = DoLaJanusWrapper(model), {"return_dict_in_generate": True, "output_scores": True}
-    for configs in (METHODS, [DoLaConfig(), METHODS[1], METHODS[0]], [METHODS[1], DoLaConfig(use_dola_lm=False)] * 2):
+    for configs in (
+        METHODS,
+        [DoLaConfig(), METHODS[1], METHODS[0]],
+        [METHODS[1], METHODS[3], DoLaConfig(use_dola_lm=False)],
+    ):
         configs = configs[:3]
         recorder, trace = Recorder(), DoLaTrace()
         more = {"num_beams": num_beams, "configs": configs, "logits_processor": [recorder], **details}
@@ -183,6 +190,7 @@ def test_configurations_that_do_not_fit_the_rows_are_refused(model: Any, prompt:
         DoLaConfig(alpha=0.0, candidate_layers=[N]),
         DoLaConfig(method="deco", candidate_layers=[]),
         DoLaConfig(method="sled", candidate_layers=[N]),
+        DoLaConfig(method="confident", candidate_layers=[N]),
     ],
     ids=str,
 )
@@ -233,7 +241,10 @@ def test_repetition_penalty_with_left_padding(
     assert torch.equal(got, expected["batch_left_padded/greedy_rep13"][:, : got.shape[1]])
 
 
-@pytest.mark.parametrize("config", [DoLaConfig(bucket_id=1), DoLaConfig(method="deco"), DoLaConfig(method="sled")])
+@pytest.mark.parametrize(
+    "config",
+    [DoLaConfig(bucket_id=1), DoLaConfig(method="deco"), DoLaConfig(method="sled"), DoLaConfig(method="confident")],
+)
 def test_penalties_come_before_dola(model: Any, prompt: dict[str, Any], config: DoLaConfig) -> None:
     recorder = Recorder()
     output = DoLaJanusWrapper(model, config).generate(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import oracle_contrast, oracle_deco, oracle_jsd, oracle_sled
-from scipy.special import softmax
+from oracle import oracle_confident, oracle_contrast, oracle_deco, oracle_jsd, oracle_sled
+from scipy.special import entr, softmax
 
 from janus_dola import dola_runtime as dola
 from janus_dola.methods import choose
@@ -229,7 +229,7 @@ def test_buckets_refuse(num_layers: int, bucket_id: int, echo: str) -> None:
         dola.candidates_in_bucket(num_layers, bucket_id)
 
 
-@pytest.mark.parametrize("method", ["dola", "deco", "sled"])
+@pytest.mark.parametrize("method", ["dola", "deco", "sled", "confident"])
 def test_a_step_compiles_to_one_graph(method: str) -> None:
     """No value of a tensor is looked at, which would also make the GPU wait."""
 
@@ -261,7 +261,7 @@ def test_each_row_has_its_own_candidates_and_alpha(
             assert torch.equal(log_p[row], dola.log_softmax(tensor(logits_N))[row])  # q_N itself
 
 
-# DeCo and SLED.
+# DeCo, SLED and Confident.
 
 
 def decode(
@@ -362,15 +362,46 @@ def test_where_no_cosine_is_positive_sled_changes_nothing() -> None:
     close(log_p[1:], oracle_sled(z_N[1:], exits[1:], 2.0, 2), 1e-6)
 
 
-@pytest.mark.parametrize("method", ["deco", "sled"])
-def test_tokens_ruled_out_stay_out_of_deco_and_sled(method: str) -> None:
+@given(hnp.arrays(np.float32, (2, 5), elements=st.floats(0, 20, width=32)), st.integers(0, 2**32 - 1))
+def test_confident(sharpness: np.ndarray, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(0, 1, (2, 5, 9)) * (0.1 + sharpness[..., None])
+    z_N, exits = logits[:, 4].astype(np.float32), logits[:, :4].astype(np.float32)
+    assume(apart(entr(softmax(logits, -1)).sum(-1), 1e-6))
+    close(decode("confident", z_N, exits, 0.0, dtype=torch.float64), oracle_confident(z_N, exits), 1e-9)
+    close(decode("confident", z_N, exits, 0.0), oracle_confident(z_N, exits), 1e-5)
+
+
+def test_confident_goes_down_as_long_as_the_entropy_falls() -> None:
+    """The first valley from N backwards, not the surest of all; N itself where the layer below is less sure."""
+    sure, middle, unsure = (np.array([scale, 0.0, 0.0, -scale]) for scale in (6.0, 2.0, 0.5))
+    exits = np.stack([[sure, unsure, middle[::-1]], [sure, sure, unsure], [unsure, middle, sure]])
+    z_N = np.stack([unsure, middle, middle])
+    reading = dola.read(tensor(z_N), tensor(exits), False)
+    every = torch.ones(3, 3, dtype=torch.bool)
+    log_p, M_index = choose(reading, every, torch.zeros(3), "confident")
+    assert M_index.tolist() == [2, 3, 2]
+    assert torch.equal(log_p[1], reading.log_qN[1]) and log_p[0].argmax() == 3
+    # A layer that is no candidate of the row is passed over.
+    own = torch.tensor([[True, False, True]] * 3)
+    assert choose(reading, own, torch.zeros(3), "confident")[1][0] == 0
+    same = dola.read(tensor(z_N), tensor(np.repeat(z_N[:, None], 3, 1)), False)  # not surer: ties are N's
+    assert choose(same, every, torch.zeros(3), "confident")[1].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("method", ["deco", "sled", "confident"])
+def test_tokens_ruled_out_stay_out_of_other_methods(method: str) -> None:
     rng = np.random.default_rng(1)
     z_N, exits = rng.normal(0, 3, (3, 40)).astype(np.float32), rng.normal(0, 3, (3, 4, 40)).astype(np.float32)
     z_N[0, [3, int(z_N[0].argmax())]] = -np.inf
     z_N[1, 5:] = -np.inf  # fewer are left than are kept
     exits[0, :, 3] = 30  # the exits' choice
-    want = oracle_deco(z_N, exits, 0.6) if method == "deco" else oracle_sled(z_N, exits, 2.0)
-    close(decode(method, z_N, exits, 0.6 if method == "deco" else 2.0), want, 1e-5)
+    strength = {"deco": 0.6, "sled": 2.0, "confident": 0.0}[method]
+    want = {
+        "deco": oracle_deco(z_N, exits, strength),
+        "sled": oracle_sled(z_N, exits, strength),
+        "confident": oracle_confident(z_N, exits),
+    }[method]
+    close(decode(method, z_N, exits, strength), want, 1e-5)
     assert np.isneginf(want[1, 5:]).all() and np.isfinite(want[1]).any()
 
 
@@ -383,9 +414,9 @@ def test_a_constant_matters_to_neither_deco_nor_to_q_but_to_sleds_norm() -> None
         assert torch.allclose(got.exp(), shifted.exp(), atol=1e-6) == (method == "deco")
 
 
-@pytest.mark.parametrize("method", ["deco", "sled"])
+@pytest.mark.parametrize("method", ["deco", "sled", "confident"])
 @given(rows_of_logits(3, V=9), rows_of_logits(3, 4, V=9), hnp.arrays(bool, (3, 4)))
-def test_each_row_of_deco_and_sled_has_its_own_candidates(
+def test_each_row_of_other_methods_has_its_own_candidates(
     method: str, z_N: np.ndarray, exits: np.ndarray, candidates: np.ndarray
 ) -> None:
     """A row of a batch is what it is alone; without a candidate, or with none that is finite, it is the baseline."""
@@ -404,7 +435,7 @@ def test_each_row_of_deco_and_sled_has_its_own_candidates(
         every = torch.ones(1, len(own), dtype=torch.bool)
         want, index = choose(alone, every, strength[row : row + 1], method, 4)
         torch.testing.assert_close(log_p[row], want[0], atol=1e-5, rtol=1e-5)
-        if method == "deco" or not own:
+        if method != "sled" or not own:
             assert M_index[row] == (own[index] if index < len(own) else 4)
         if not own:
             assert torch.equal(log_p[row], dola.log_softmax(tensor(z_N))[row])

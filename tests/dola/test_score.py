@@ -24,6 +24,7 @@ CONFIGS = [
     DoLaConfig(alpha=0.1, candidate_layers=[15]),
     DoLaConfig(alpha=0.5, candidate_layers=[]),
     DoLaConfig(method="deco"),
+    DoLaConfig(method="confident"),
     DoLaConfig(method="sled", sled_top_k=40, bucket_id=1),
 ]
 

@@ -167,7 +167,7 @@ BAD = {
     "alpha": ({"alpha": 7}, r"alpha must be in \[0, 1\], got 7"),
     "type": ({"alpha": "0.2"}, r"alpha must be in \[0, 1\], got '0.2'"),
     "bucket": ({"bucket_id": 3}, "bucket_id must be 0, 1 or 2, got 3"),
-    "method": ({"method": "decco"}, "method must be dola, deco or sled, got 'decco', did you mean 'deco'"),
+    "method": ({"method": "decco"}, "method must be dola, deco, sled or confident, got 'decco', did you mean 'deco'"),
     "of another method": ({"sled_rate": 3.0}, "sled_rate is of method sled"),
     "switch": ({"use_dola_lm": "off"}, "use_dola_lm must be true or false, got 'off'"),
     "layer": ({"candidate_layers": [40]}, "candidate_layers must be in 1...12, the model's layers, got 40"),
