@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     assert written.use_dola_lm == (report["winner"] != BASELINE)
     loaded = read_config(answer_program.AnswerConfig, [f"config={folder / 'mine.yaml'}"])
     assert loaded.use_dola_lm == written.use_dola_lm
+    (keys,) = re.findall(rf"checkpoint: ({{.*}}) in {CHECKPOINT}/generation_config.json\n", out)
+    assert DoLaConfig(**json.loads(keys)) == loaded.dola()
 
     saved = folder / "mine.results.jsonl"
     whole = saved.read_text()
@@ -143,7 +146,7 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     data = folder / "val.jsonl"
     data.write_text(data.read_text().replace(BROKEN[1], "{}"))  # a missing picture is looked for again
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("nothing is left to compute"))
-    calibrate.run(arguments(folder, "two_fold=true"))
+    calibrate.run(arguments(folder, "two_fold=true", "bucket_id=0"))  # which is not asked about
     with pytest.raises(ValueError, match=r"other settings \(alphas was \[0.1\] and is \[0.3\]\)"):
         calibrate.run(arguments(folder, "alphas=[0.3]"))
     data.write_text(data.read_text().replace("Paris", "Rome"))  # an answer saved by line number would be another's

@@ -196,6 +196,55 @@ def test_help_tells_where_a_value_is_from(capsys: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "arguments", "want"),
+    [
+        ({"bucket_id": 0, "temperature": 0.5}, [], DoLaConfig(bucket_id=0)),
+        ({"alpha": 1, "bucket_id": 0}, ["bucket_id=1"], DoLaConfig(alpha=1, bucket_id=1)),
+        ({"alpha": 0.3, "bucket_id": 0}, ["config=FILE"], DoLaConfig(alpha=0.3, bucket_id=1)),
+        ({"candidate_layers": [3, 5]}, ["alpha=0.2"], DoLaConfig(alpha=0.2, candidate_layers=[3, 5])),
+        ({"candidate_layers": [3, 5]}, ["config=FILE"], DoLaConfig(bucket_id=1)),
+        ({"method": "sled", "sled_top_k": 5, "bucket_id": 0}, ["method=deco"], DoLaConfig(method="deco", bucket_id=0)),
+        ({"method": "sled", "sled_top_k": 5}, ["sled_rate=3"], DoLaConfig(method="sled", sled_top_k=5, sled_rate=3.0)),
+        ({"alpha": 0.3, "bucket_id": 0}, ["method=sled"], DoLaConfig(method="sled", bucket_id=0)),
+    ],
+)
+def test_a_checkpoints_own_configuration_is_over_the_defaults_and_under_what_is_given(
+    tmp_path: Path, own: dict[str, Any], arguments: list[str], want: DoLaConfig
+) -> None:
+    """What is given wins also over what would otherwise win over it, or not go with it."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    (tmp_path / "mine.yaml").write_text("bucket_id: 1\n")
+    given = [argument.replace("FILE", str(tmp_path / "mine.yaml")) for argument in arguments]
+    config = read_config(answer_program.AnswerConfig, [f"model_path={tmp_path}", *given])
+    assert config.dola() == want and config.generation == {"max_new_tokens": 512, "do_sample": False}
+
+
+def test_help_tells_what_is_the_checkpoints(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        read_config(answer_program.AnswerConfig, ["alpha=0.4", "--help"])
+    out = re.sub(r"\n +# ", " ", capsys.readouterr().out)
+    file = ROOT / "demo" / "checkpoint" / "generation_config.json"
+    assert re.search(rf"^bucket_id: 0 +# \[{re.escape(str(file))}\] 0, 1, 2: candidates", out, re.M)
+    assert re.search(r"^alpha: 0.4 +# \[command line\]", out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"alpha": 7}', "alpha must be in [0, 1], got 7"),
+        ('{"alpha": null}', "alpha: Incompatible value 'None'"),
+        ('{"bucket_id": "low"}', "bucket_id: Value 'low'"),
+        ("{", "Expecting property name"),
+        ("5", "argument of type 'int' is not"),
+    ],
+)
+def test_a_checkpoints_own_configuration_is_checked(tmp_path: Path, fails: Fails, text: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    error = fails(answer_program.run, *WIDE[1:], f"model_path={tmp_path}")
+    assert f"model_path {str(tmp_path)!r}: generation_config.json: {message}" in error
+
+
+@pytest.mark.parametrize(
     ("name", "model_path", "roles", "layers"),
     [
         ("janus_1.3b", "deepseek-ai/Janus-1.3B", ["User", "Assistant"], 24),
@@ -208,7 +257,7 @@ def test_configs_of_the_published_models(name: str, model_path: str, roles: list
     config = read_config(answer_program.AnswerConfig, [f"config={file}"])
     assert (config.model_path, config.roles) == (model_path, roles)
     assert config.resolve_layers(layers) == {24: (18, 20, 22), 30: (22, 24, 26, 28)}[layers]
-    assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id", "text_to_image"}
+    assert OmegaConf.load(file).keys() == {"model_path", "roles", "text_to_image"}
 
 
 @pytest.mark.parametrize(

@@ -191,3 +191,5 @@ def run(argv: Sequence[str]) -> None:
     about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
     output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")
+    if Path(path).is_dir():  # of a name on the hub the file is not the user's
+        print(f"for every program on this checkpoint: {json.dumps(asdict(keys))} in {path}/generation_config.json")
