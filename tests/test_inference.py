@@ -102,6 +102,17 @@ def test_generation_keys_seed_and_returned_sequences(capsys: Any) -> None:
     assert answer(capsys, "use_dola_lm=false", "generation.repetition_penalty=1.3") != GREEDY
 
 
+def test_dead_beams_are_not_answers(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five were asked for, V_head left two, and three repeats of them were printed."""
+    monkeypatch.chdir(ROOT)
+    asked = ["image=demo/images/habit.png", "question=Describe the image.", "device=cpu", "compare=true"]
+    answer_program.run([*asked, "generation.num_beams=5", "generation.num_return_sequences=5"])
+    out, err = capsys.readouterr()
+    on, off = (re.findall(rf"^DoLa {label} +(.*)$", out, re.M) for label in ("on", "off"))
+    assert (len(set(on)), len(on), len(set(off)), len(off)) == (2, 2, 5, 5)
+    assert err == "2 of 5 beams: V_head leaves no more (alpha=0.1)\n"
+
+
 def test_defaults_answer_the_demo_question(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     answer_program.run(["use_dola_lm=false"])

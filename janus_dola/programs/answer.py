@@ -116,7 +116,8 @@ def answer_one(config: AnswerConfig) -> None:
     compared: list[list[str]] = []  # what print_comparison takes
     speeds: list[str] = []
     if config.compare:
-        model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder
+        warm_up = {"max_new_tokens": 2, "num_return_sequences": 1}  # so that the first answer timed is not colder
+        model.generate_with_dola(**(arguments | warm_up))
         for image in (image for turn in turns for image in turn["images"]):
             print(f"image     {image[:80]}")
         print(f"question  {turns[-2]['content'].replace(IMAGE_TAG, '').strip()}")
@@ -128,9 +129,11 @@ def answer_one(config: AnswerConfig) -> None:
         start = time.perf_counter()
         answers = generate_answers(model.generate, arguments | {"streamer": streamer}, [model.config], trace)
         seconds = time.perf_counter() - start
-        first = answers[0]
+        first, beams = answers[0], config.generation.get("num_return_sequences") or 1
         if first.error is not None:
             raise ValueError(first.error)
+        if len(answers) < beams:
+            print(f"{len(answers)} of {beams} beams: V_head leaves no more (alpha={config.alpha:g})", file=sys.stderr)
         if config.compare:
             compared.append([answer.text for answer in answers])
             speeds.append(f"({first.tokens} tokens, {seconds / first.tokens:.4f} seconds per token)")
