@@ -16,7 +16,7 @@ from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import calibrate, checkpoint
-from janus_dola.programs.calibrate import choose_winner, two_fold
+from janus_dola.programs.calibrate import choose_winner, render, two_fold
 from janus_dola.programs.measures import (
     BASELINE,
     interval,
@@ -96,6 +96,25 @@ def test_pope_measures() -> None:
     )
     assert yes_or_no("No, there is no dog.") == "no"
     assert yes_or_no("Yes, there is.") == "yes"
+
+
+def test_pope_by_split() -> None:
+    """Accuracy and F1 of each split beside each other; a line without one counts in the whole alone."""
+    asked = [("random", "yes"), ("random", "no"), ("adversarial", "no"), ("adversarial", "yes"), (None, "no")]
+    prompts = [Prompt(i, [], DoLaConfig(), 1, "pope", truth, category=s) for i, (s, truth) in enumerate(asked)]
+    said = {BASELINE: ["yes", "no", "yes", "yes", "no"], "bucket 0": ["yes", "no", "no", "yes", "yes"]}
+    results = [
+        {name: {"correct": answers[i] == asked[i][1], "said": answers[i]} for name, answers in said.items()}
+        for i in range(5)
+    ]
+    table = summarize(prompts, results)
+    off = table[BASELINE]["pope_splits"]
+    assert list(off) == ["adversarial", "random"] and off["adversarial"] == pope_measures(["yes", "yes"], ["no", "yes"])
+    assert table[BASELINE]["pope"] == pope_measures(said[BASELINE], [truth for _, truth in asked])
+    *_, head, first, second = (re.split(r"  +", line) for line in render(table).splitlines())
+    assert head == ["POPE", "adversarial, accuracy", "adversarial, F1", "random, accuracy", "random, F1"]
+    assert first == [BASELINE, "0.500", "0.667", "1.000", "1.000"]
+    assert second == ["bucket 0", *["1.000"] * 4]
 
 
 def test_normalize() -> None:
@@ -236,6 +255,8 @@ def test_strict_stops_at_the_first_bad_line(folder: Path) -> None:
         ({"question": "Q", "answer": ""}, "answer must be a string"),
         ({"text": "Q", "label": "maybe"}, "label must be yes or no, got 'maybe'"),
         ({"text": "Q", "label": "yes", "image": 5}, "image must be a path, got 5"),
+        ({"text": "Q", "label": "yes", "category": 5}, "category must be a string, such as random, got 5"),
+        ({"question": "Q", "answer": "A", "category": "random"}, "unknown key 'category'"),
         (["Q"], "a line must be a JSON object"),
         ({"question": "Q"}, "the line must have an answer, or a label"),
         ({"conversation": [{"content": "Q"}], "answer": "A"}, "answer must come with a question"),
