@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import CASES, CHECKPOINT, GOLDEN, Fails
 from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
@@ -129,11 +130,21 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
     out = answer(capsys, "compare=true", f"trace={tmp_path / 'out'}")
     assert f"DoLa off  {GREEDY}" in out
     assert f"DoLa on   {answer(capsys)}" in out
-    assert len(re.findall(r"\(\d+ tokens, 0\.\d+ seconds per token\)", out)) == 2
+    assert len(re.findall(r"\(\d+ tokens, \d+\.\d+ seconds per token\)", out)) == 2
     trace = DoLaTrace.load(tmp_path / "out" / "trace.jsonl")
     assert "layers    " + " ".join(map(str, trace.layers[0, : trace.lengths[0]].tolist())) in out
     assert set(trace.layers[0].tolist()) <= {22, 24, 26, 28}
     assert (tmp_path / "out" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_without_matplotlib_is_refused_before_the_answer(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error after the answer."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as it is where it is not installed
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("loaded the weights"))
+    error = fails(answer_program.run, *WIDE, f"trace={tmp_path / 'out'}")
+    assert error == "error: trace needs matplotlib: pip install 'janus-dola[viz]'\n"
 
 
 @pytest.mark.parametrize(
@@ -289,6 +300,28 @@ def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: An
     """bfloat16 where it is the checkpoint's and the device multiplies it natively."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert checkpoint.pick_dtype(torch.device(device), stored) == want
+
+
+def test_a_small_model_runs_on_one_thread_unless_the_environment_says_otherwise(monkeypatch: Any) -> None:
+    config = LlamaConfig(vocab_size=102_400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
+    with torch.device("meta"):
+        large = LlamaForCausalLM(config)  # Janus-Pro-1B's decoder
+    before, threads = torch.get_num_threads(), []
+    try:
+        for environment, load in (
+            ("2", lambda: checkpoint.choose_threads(torch.nn.Linear(64, 64))),
+            (None, lambda: checkpoint.choose_threads(large)),
+            (None, lambda: checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))),
+        ):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if environment is not None:
+                monkeypatch.setenv("OMP_NUM_THREADS", environment)
+            torch.set_num_threads(2)
+            load()
+            threads.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2, 2, 1]
 
 
 def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:

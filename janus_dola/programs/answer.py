@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class AnswerConfig(ManyConfig):
         self.images = [images] if isinstance(images, str) else images or []
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
+        if self.trace is not None and not find_spec("matplotlib"):
+            raise ValueError("trace needs matplotlib: pip install 'janus-dola[viz]'")
         check_report(self.report)
         if self.report is not None and self.prompts is None:
             raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
