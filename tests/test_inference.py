@@ -303,25 +303,18 @@ def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: An
 
 
 def test_a_small_model_runs_on_one_thread_unless_the_environment_says_otherwise(monkeypatch: Any) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)  # whoever runs the tests keeps theirs
     config = LlamaConfig(vocab_size=102_400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with torch.device("meta"):
-        large = LlamaForCausalLM(config)  # Janus-Pro-1B's decoder
-    before, threads = torch.get_num_threads(), []
-    try:
-        for environment, load in (
-            ("2", lambda: checkpoint.choose_threads(torch.nn.Linear(64, 64))),
-            (None, lambda: checkpoint.choose_threads(large)),
-            (None, lambda: checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))),
-        ):
-            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-            if environment is not None:
-                monkeypatch.setenv("OMP_NUM_THREADS", environment)
-            torch.set_num_threads(2)
-            load()
-            threads.append(torch.get_num_threads())
-    finally:
-        torch.set_num_threads(before)
-    assert threads == [2, 2, 1]
+        checkpoint.choose_threads(LlamaForCausalLM(config))  # Janus-Pro-1B's decoder
+    assert chosen == []
+    checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    checkpoint.choose_threads(torch.nn.Linear(64, 64))
+    assert chosen == [1]
 
 
 def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:
