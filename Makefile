@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
 
 demo: .venv/installed
-	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' bucket_id=0 compare=true trace=outputs
+	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' compare=true trace=outputs
 
 # The demo, served as OpenAI's API on http://localhost:8000/v1.
 serve: .venv-serve/installed outputs/janus-dola
@@ -15,7 +15,7 @@ outputs/janus-dola: | .venv-serve/installed
 
 # The page, on the demo.
 web: .venv-web/installed
-	.venv-web/bin/janus-dola web bucket_id=0 open=true
+	.venv-web/bin/janus-dola web open=true
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2

@@ -1,6 +1,7 @@
 """What the benchmarks share: the models, the prompts, a step's arithmetic, and the description of the machine."""
 
 import math
+import os
 import platform
 import resource
 import statistics
@@ -45,6 +46,7 @@ class Threads:
         at_least("threads", self.threads, 0)
         if self.threads:
             torch.set_num_threads(self.threads)
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # or loading the demo would choose one
 
 
 @dataclass(frozen=True)

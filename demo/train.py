@@ -70,6 +70,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 MORE_SPECIAL_TOKENS = (
     "<image_placeholder>", "<patch_placeholder>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>"
 )  # fmt: skip
+DOLA = {"alpha": 0.1, "bucket_id": 0}  # what validation chose, as the checkpoint's card has it
 
 
 @dataclass(frozen=True)
@@ -562,6 +563,7 @@ def save(model: MultiModalityCausalLM, processor: VLChatProcessor, out: Path) ->
     model.bfloat16().save_pretrained(out)
     config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}  # to be run in
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "generation_config.json").write_text(json.dumps(DOLA, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(str(out))
 
 

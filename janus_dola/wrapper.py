@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor
 
@@ -119,6 +120,9 @@ class DoLaJanusWrapper:
         in place of −∞, as dead beams do: when all beams of a row have ended, transformers 4 would be left with nothing
         but −∞ to sample from.
 
+        Where V_head leaves fewer answers than `num_return_sequences` asks of the beams, transformers fills them up with
+        repeats and fragments. Their `sequences_scores` are −∞, and a warning says how many they are.
+
         Args:
             args, kwargs: Those of the language model's `generate`.
             trace: Records what happened at each step. It changes nothing: JSD of the candidates is computed anyway, and
@@ -149,6 +153,11 @@ class DoLaJanusWrapper:
         eos = call.get("eos_token_id")
         recorder = None if trace is None else Recorder(trace, N, rows, num_beams, eos)
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
+        several = num_beams > 1 and (call.get("num_return_sequences") or 1) > 1
+        bare = several and not call.get("return_dict_in_generate")
+        if several:  # their scores alone tell which of them are answers
+            call.set("return_dict_in_generate", True)
+            call.set("output_scores", True)
         with self._view(model, rows.layers, whole) as view:
             record = None if recorder is None else recorder.record
             processor = DoLaLogitsProcessor(view.take, rows, outside, record, num_beams > 1, view.backend, self._graphs)
@@ -158,16 +167,23 @@ class DoLaJanusWrapper:
                 processor.give_back()
         if recorder is not None:
             recorder.finish(getattr(output, "sequences", output), call.get("pad_token_id"))
-        return output
+        return output.sequences if bare else output
 
     @staticmethod
     def _run(call: Call, processors: Sequence[LogitsProcessor] = (), *more: Any) -> Any:
-        """What `call.run` returns; warns of NaN, unless the caller watches for it with a `NaNWatch`."""
+        """What `call.run` returns; warns of NaN and dead beams, unless the caller watches with a `NaNWatch`."""
         watch = NaNWatch()
         watched = any(isinstance(processor, NaNWatch) for processor in call.get("logits_processor") or ())
         output = call.run([*processors] if watched else [watch, *processors], *more)
         if rows := watch.rows():
             warnings.warn(f"logits are NaN in rows {rows}; float16? try bfloat16", RuntimeWarning, stacklevel=3)
+        if processors and (dead := mark_dead(output, call.get("length_penalty"))) and not watched:
+            warnings.warn(
+                f"{dead} of the {len(output.sequences)} returned sequences are no answers, and score -inf: V_head left "
+                "fewer than num_return_sequences",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return output
 
     @contextmanager
@@ -186,3 +202,19 @@ class DoLaJanusWrapper:
             view.hidden.clear()
             if view.backend() is not None:
                 kept.append(view)
+
+
+def mark_dead(output: Any, length_penalty: float | None) -> int:
+    """Sets the scores of returned beams that never were alive to −∞; how many they are.
+
+    transformers starts all beams but the first at −1e9, and fills up with those, and with what it put aside at −1e9,
+    where a step leaves fewer tokens than there are beams. The length penalty divides some of these scores.
+    """
+    scores = getattr(output, "sequences_scores", None)
+    if scores is None:
+        return 0
+    lengths = (output.beam_indices >= 0).sum(-1).clamp(min=1)  # [S]
+    total = scores * lengths ** (1.0 if length_penalty is None else length_penalty)
+    dead = torch.minimum(scores, total) < -5e8
+    output.sequences_scores = scores.masked_fill(dead, -math.inf)
+    return int(dead.sum())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only wait for each other on models as small as these
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # where a model is on the hub, whether it has files is looked up there
 
 import pytest
 import torch

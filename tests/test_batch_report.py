@@ -87,12 +87,15 @@ def test_one_answer_each(tmp_path: Path) -> None:
 
 def test_pope(tmp_path: Path) -> None:
     pope = {"image": "wide.png", "text": "Is it?"}
-    lines = [pope | {"question_id": i, "label": ("yes", "no")[i % 2]} for i in range(4)]
+    splits = ["popular", "popular", "random", "random", "popular", None]
+    lines = [pope | {"question_id": i, "label": ("yes", "no")[i % 2], "category": s} for i, s in enumerate(splits)]
     write(tmp_path / "prompts.jsonl", lines)
     answer.run(cli_arguments(tmp_path, "compare=true", f"image_root={IMAGES}", f"report={tmp_path / 'run.html'}"))
     assert all("no" not in line["text"].lower().split() for line in read(tmp_path / "out.jsonl").values())
     same = ["50.0", "100.0", "66.7", "100.0"]  # all are yes, of which half are right
-    assert [row[-4:] for row in tables(tmp_path / "run.html")] == [["precision", "recall", "F1", "“yes”"], same, same]
+    same += ["66.7", "80.0", "50.0", "66.7"]  # of three popular ones two are right
+    head = ["precision", "recall", "F1", "“yes”", "popular, right", "popular, F1", "random, right", "random, F1"]
+    assert [row[-8:] for row in tables(tmp_path / "run.html")] == [head, same, same]
     report.run([*report_arguments(tmp_path), f"image_root={IMAGES}"])
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "run.html").read_bytes()
 

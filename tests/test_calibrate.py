@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from janus.utils.io import load_pil_images
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import calibrate, checkpoint
-from janus_dola.programs.calibrate import choose_winner, two_fold
+from janus_dola.programs.calibrate import choose_winner, render, two_fold
 from janus_dola.programs.measures import (
     BASELINE,
     interval,
@@ -97,6 +98,25 @@ def test_pope_measures() -> None:
     assert yes_or_no("Yes, there is.") == "yes"
 
 
+def test_pope_by_split() -> None:
+    """Accuracy and F1 of each split beside each other; a line without one counts in the whole alone."""
+    asked = [("random", "yes"), ("random", "no"), ("adversarial", "no"), ("adversarial", "yes"), (None, "no")]
+    prompts = [Prompt(i, [], DoLaConfig(), 1, "pope", truth, category=s) for i, (s, truth) in enumerate(asked)]
+    said = {BASELINE: ["yes", "no", "yes", "yes", "no"], "bucket 0": ["yes", "no", "no", "yes", "yes"]}
+    results = [
+        {name: {"correct": answers[i] == asked[i][1], "said": answers[i]} for name, answers in said.items()}
+        for i in range(5)
+    ]
+    table = summarize(prompts, results)
+    off = table[BASELINE]["pope_splits"]
+    assert list(off) == ["adversarial", "random"] and off["adversarial"] == pope_measures(["yes", "yes"], ["no", "yes"])
+    assert table[BASELINE]["pope"] == pope_measures(said[BASELINE], [truth for _, truth in asked])
+    *_, head, first, second = (re.split(r"  +", line) for line in render(table).splitlines())
+    assert head == ["POPE", "adversarial, accuracy", "adversarial, F1", "random, accuracy", "random, F1"]
+    assert first == [BASELINE, "0.500", "0.667", "1.000", "1.000"]
+    assert second == ["bucket 0", *["1.000"] * 4]
+
+
 def test_normalize() -> None:
     assert normalize("  The red Circle. ") == normalize("red circle")
     assert normalize("two") != normalize("ten")
@@ -132,6 +152,8 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     assert written.use_dola_lm == (report["winner"] != BASELINE)
     loaded = read_config(answer_program.AnswerConfig, [f"config={folder / 'mine.yaml'}"])
     assert loaded.use_dola_lm == written.use_dola_lm
+    (keys,) = re.findall(rf"checkpoint: ({{.*}}) in {CHECKPOINT}/generation_config.json\n", out)
+    assert DoLaConfig(**json.loads(keys)) == loaded.dola()
 
     saved = folder / "mine.results.jsonl"
     whole = saved.read_text()
@@ -144,7 +166,7 @@ def test_the_whole_run_and_its_resumption(folder: Path, capsys: Any, monkeypatch
     data = folder / "val.jsonl"
     data.write_text(data.read_text().replace(BROKEN[1], "{}"))  # a missing picture is looked for again
     monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("nothing is left to compute"))
-    calibrate.run(arguments(folder, "two_fold=true"))
+    calibrate.run(arguments(folder, "two_fold=true", "bucket_id=0"))  # which is not asked about
     with pytest.raises(ValueError, match=r"other settings \(alphas was \[0.1\] and is \[0.3\]\)"):
         calibrate.run(arguments(folder, "alphas=[0.3]"))
     data.write_text(data.read_text().replace("Paris", "Rome"))  # an answer saved by line number would be another's
@@ -234,6 +256,8 @@ def test_strict_stops_at_the_first_bad_line(folder: Path) -> None:
         ({"question": "Q", "answer": ""}, "answer must be a string"),
         ({"text": "Q", "label": "maybe"}, "label must be yes or no, got 'maybe'"),
         ({"text": "Q", "label": "yes", "image": 5}, "image must be a path, got 5"),
+        ({"text": "Q", "label": "yes", "category": 5}, "category must be a string, such as random, got 5"),
+        ({"question": "Q", "answer": "A", "category": "random"}, "unknown key 'category'"),
         (["Q"], "a line must be a JSON object"),
         ({"question": "Q"}, "the line must have an answer, or a label"),
         ({"conversation": [{"content": "Q"}], "answer": "A"}, "answer must come with a question"),

@@ -36,7 +36,7 @@ from demo.scenes import (
     lesson,
     sample_scene,
 )
-from demo.train import EOS, Lessons, Recipe, answer_logits, conversation, new_model, new_processor, train
+from demo.train import EOS, Lessons, Recipe, answer_logits, conversation, new_model, new_processor, save, train
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_image
 from janus_dola import DoLaConfig, DoLaJanusWrapper
@@ -298,6 +298,16 @@ def test_the_processor_files_are_those_that_training_saves(tmp_path: Path) -> No
     new_processor().save_pretrained(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (CHECKPOINT / path.name).read_bytes(), path.name
+
+
+def test_the_checkpoint_brings_the_configuration_that_validation_chose(tmp_path: Path) -> None:
+    """As training saves it, for every program."""
+    processor = new_processor()
+    save(new_model(len(processor.tokenizer), 2, TINY), processor, tmp_path)
+    kept = (tmp_path / "generation_config.json").read_text(encoding="utf-8")
+    assert kept == (CHECKPOINT / "generation_config.json").read_text(encoding="utf-8")
+    (chosen,) = set(re.findall(r"^\| \*\*DoLa, (.*)\*\* ", (CHECKPOINT / "README.md").read_text("utf-8"), re.M))
+    assert "bucket {bucket_id}, α {alpha}".format(**json.loads(kept)) == chosen
 
 
 def test_the_checkpoint_answers_right(checkpoint: Any) -> None:

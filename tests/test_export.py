@@ -39,6 +39,7 @@ from janus.image_generation import build_prompt, generate_images
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import export as program
+from janus_dola.programs.options import ModelConfig, read_config
 from janus_dola.programs.prompts import IMAGE_TAG
 
 ROOT = Path(__file__).parents[1]
@@ -521,6 +522,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: out: {str(tmp_path / 'demo')!r} was not written: " in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoints_own_configuration_goes_along(tmp_path: Path) -> None:
+    keys = ("alpha", "bucket_id", "method")
+    for given, want in (([], (0.1, 0, "dola")), (["alpha=0.3"], (0.3, 0, "dola"))):
+        folder = export(PUBLISHED["demo"], tmp_path / f"native{len(given)}", *given)
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert tuple(saved[key] for key in keys) == want
+        assert read_config(ModelConfig, [f"model_path={folder}"]).dola() == DoLaConfig(alpha=want[0], bucket_id=0)
 
 
 def test_a_config_file_with_other_programs_keys(tmp_path: Path) -> None:

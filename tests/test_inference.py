@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import CASES, CHECKPOINT, GOLDEN, Fails
 from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
@@ -102,6 +103,17 @@ def test_generation_keys_seed_and_returned_sequences(capsys: Any) -> None:
     assert answer(capsys, "use_dola_lm=false", "generation.repetition_penalty=1.3") != GREEDY
 
 
+def test_dead_beams_are_not_answers(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five were asked for, V_head left two, and three repeats of them were printed."""
+    monkeypatch.chdir(ROOT)
+    asked = ["image=demo/images/habit.png", "question=Describe the image.", "device=cpu", "compare=true"]
+    answer_program.run([*asked, "generation.num_beams=5", "generation.num_return_sequences=5"])
+    out, err = capsys.readouterr()
+    on, off = (re.findall(rf"^DoLa {label} +(.*)$", out, re.M) for label in ("on", "off"))
+    assert (len(set(on)), len(on), len(set(off)), len(off)) == (2, 2, 5, 5)
+    assert err == "2 of 5 beams: V_head leaves no more (alpha=0.1)\n"
+
+
 def test_defaults_answer_the_demo_question(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     answer_program.run(["use_dola_lm=false"])
@@ -118,11 +130,21 @@ def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:
     out = answer(capsys, "compare=true", f"trace={tmp_path / 'out'}")
     assert f"DoLa off  {GREEDY}" in out
     assert f"DoLa on   {answer(capsys)}" in out
-    assert len(re.findall(r"\(\d+ tokens, 0\.\d+ seconds per token\)", out)) == 2
+    assert len(re.findall(r"\(\d+ tokens, \d+\.\d+ seconds per token\)", out)) == 2
     trace = DoLaTrace.load(tmp_path / "out" / "trace.jsonl")
     assert "layers    " + " ".join(map(str, trace.layers[0, : trace.lengths[0]].tolist())) in out
     assert set(trace.layers[0].tolist()) <= {22, 24, 26, 28}
     assert (tmp_path / "out" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_without_matplotlib_is_refused_before_the_answer(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error after the answer."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as it is where it is not installed
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: pytest.fail("loaded the weights"))
+    error = fails(answer_program.run, *WIDE, f"trace={tmp_path / 'out'}")
+    assert error == "error: trace needs matplotlib: pip install 'janus-dola[viz]'\n"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +218,55 @@ def test_help_tells_where_a_value_is_from(capsys: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "arguments", "want"),
+    [
+        ({"bucket_id": 0, "temperature": 0.5}, [], DoLaConfig(bucket_id=0)),
+        ({"alpha": 1, "bucket_id": 0}, ["bucket_id=1"], DoLaConfig(alpha=1, bucket_id=1)),
+        ({"alpha": 0.3, "bucket_id": 0}, ["config=FILE"], DoLaConfig(alpha=0.3, bucket_id=1)),
+        ({"candidate_layers": [3, 5]}, ["alpha=0.2"], DoLaConfig(alpha=0.2, candidate_layers=[3, 5])),
+        ({"candidate_layers": [3, 5]}, ["config=FILE"], DoLaConfig(bucket_id=1)),
+        ({"method": "sled", "sled_top_k": 5, "bucket_id": 0}, ["method=deco"], DoLaConfig(method="deco", bucket_id=0)),
+        ({"method": "sled", "sled_top_k": 5}, ["sled_rate=3"], DoLaConfig(method="sled", sled_top_k=5, sled_rate=3.0)),
+        ({"alpha": 0.3, "bucket_id": 0}, ["method=sled"], DoLaConfig(method="sled", bucket_id=0)),
+    ],
+)
+def test_a_checkpoints_own_configuration_is_over_the_defaults_and_under_what_is_given(
+    tmp_path: Path, own: dict[str, Any], arguments: list[str], want: DoLaConfig
+) -> None:
+    """What is given wins also over what would otherwise win over it, or not go with it."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    (tmp_path / "mine.yaml").write_text("bucket_id: 1\n")
+    given = [argument.replace("FILE", str(tmp_path / "mine.yaml")) for argument in arguments]
+    config = read_config(answer_program.AnswerConfig, [f"model_path={tmp_path}", *given])
+    assert config.dola() == want and config.generation == {"max_new_tokens": 512, "do_sample": False}
+
+
+def test_help_tells_what_is_the_checkpoints(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        read_config(answer_program.AnswerConfig, ["alpha=0.4", "--help"])
+    out = re.sub(r"\n +# ", " ", capsys.readouterr().out)
+    file = ROOT / "demo" / "checkpoint" / "generation_config.json"
+    assert re.search(rf"^bucket_id: 0 +# \[{re.escape(str(file))}\] 0, 1, 2: candidates", out, re.M)
+    assert re.search(r"^alpha: 0.4 +# \[command line\]", out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"alpha": 7}', "alpha must be in [0, 1], got 7"),
+        ('{"alpha": null}', "alpha: Incompatible value 'None'"),
+        ('{"bucket_id": "low"}', "bucket_id: Value 'low'"),
+        ("{", "Expecting property name"),
+        ("5", "argument of type 'int' is not"),
+    ],
+)
+def test_a_checkpoints_own_configuration_is_checked(tmp_path: Path, fails: Fails, text: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    error = fails(answer_program.run, *WIDE[1:], f"model_path={tmp_path}")
+    assert f"model_path {str(tmp_path)!r}: generation_config.json: {message}" in error
+
+
+@pytest.mark.parametrize(
     ("name", "model_path", "roles", "layers"),
     [
         ("janus_1.3b", "deepseek-ai/Janus-1.3B", ["User", "Assistant"], 24),
@@ -208,7 +279,7 @@ def test_configs_of_the_published_models(name: str, model_path: str, roles: list
     config = read_config(answer_program.AnswerConfig, [f"config={file}"])
     assert (config.model_path, config.roles) == (model_path, roles)
     assert config.resolve_layers(layers) == {24: (18, 20, 22), 30: (22, 24, 26, 28)}[layers]
-    assert OmegaConf.load(file).keys() == {"model_path", "roles", "bucket_id", "text_to_image"}
+    assert OmegaConf.load(file).keys() == {"model_path", "roles", "text_to_image"}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +300,21 @@ def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: An
     """bfloat16 where it is the checkpoint's and the device multiplies it natively."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert checkpoint.pick_dtype(torch.device(device), stored) == want
+
+
+def test_a_small_model_runs_on_one_thread_unless_the_environment_says_otherwise(monkeypatch: Any) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)  # whoever runs the tests keeps theirs
+    config = LlamaConfig(vocab_size=102_400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with torch.device("meta"):
+        checkpoint.choose_threads(LlamaForCausalLM(config))  # Janus-Pro-1B's decoder
+    assert chosen == []
+    checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    checkpoint.choose_threads(torch.nn.Linear(64, 64))
+    assert chosen == [1]
 
 
 def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:

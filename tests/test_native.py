@@ -164,7 +164,7 @@ def test_the_command_line_answers_as_with_the_published_layout(capsys: Any, fold
     ]
     few = "generation.max_new_tokens=12"
     for arguments in (
-        [f"image={IMAGES / 'wide.png'}", "question=Describe the image.", "compare=true"],
+        [f"image={IMAGES / 'habit.png'}", "question=Describe the image.", "compare=true"],
         ["conversation=" + json.dumps(turns), "generation.num_beams=2", "generation.repetition_penalty=1.2", few],
         ["question=How many shapes are there?", "generation.do_sample=true", "generation.temperature=2.0", few],
     ):

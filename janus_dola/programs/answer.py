@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class AnswerConfig(ManyConfig):
         self.images = [images] if isinstance(images, str) else images or []
         if (self.prompts is None) != (self.output is None):
             raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
+        if self.trace is not None and not find_spec("matplotlib"):
+            raise ValueError("trace needs matplotlib: pip install 'janus-dola[viz]'")
         check_report(self.report)
         if self.report is not None and self.prompts is None:
             raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
@@ -116,7 +119,8 @@ def answer_one(config: AnswerConfig) -> None:
     compared: list[list[str]] = []  # what print_comparison takes
     speeds: list[str] = []
     if config.compare:
-        model.generate_with_dola(**(arguments | {"max_new_tokens": 2}))  # so that the first answer timed is not colder
+        warm_up = {"max_new_tokens": 2, "num_return_sequences": 1}  # so that the first answer timed is not colder
+        model.generate_with_dola(**(arguments | warm_up))
         for image in (image for turn in turns for image in turn["images"]):
             print(f"image     {image[:80]}")
         print(f"question  {turns[-2]['content'].replace(IMAGE_TAG, '').strip()}")
@@ -128,9 +132,11 @@ def answer_one(config: AnswerConfig) -> None:
         start = time.perf_counter()
         answers = generate_answers(model.generate, arguments | {"streamer": streamer}, [model.config], trace)
         seconds = time.perf_counter() - start
-        first = answers[0]
+        first, beams = answers[0], config.generation.get("num_return_sequences") or 1
         if first.error is not None:
             raise ValueError(first.error)
+        if len(answers) < beams:
+            print(f"{len(answers)} of {beams} beams: V_head leaves no more (alpha={config.alpha:g})", file=sys.stderr)
         if config.compare:
             compared.append([answer.text for answer in answers])
             speeds.append(f"({first.tokens} tokens, {seconds / first.tokens:.4f} seconds per token)")

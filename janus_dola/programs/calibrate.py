@@ -35,8 +35,8 @@ class CalibrateConfig(ManyConfig):
     data: str = option(
         "",
         'JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", '
-        '"choices", "answer": i}; POPE\'s {"question_id", "image", "text", "label"}; without images a question '
-        "is text alone",
+        '"choices", "answer": i}; POPE\'s {"question_id", "image", "text", "label"}, with "category" for '
+        "figures by split; without images a question is text alone",
     )
     output: str | None = option(
         None,
@@ -136,7 +136,7 @@ def two_fold(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> di
 
 
 def render(table: dict[str, dict[str, Any]]) -> str:
-    """The table as text."""
+    """The table as text, and POPE's by split, if its lines name theirs."""
     pope = ("precision", "recall", "f1", "yes_ratio") if "pope" in table[BASELINE] else ()
     lines = [["configuration", "accuracy", "95 %", "vs off", "95 %, all at once", "gained", "lost", "log-prob"]]
     lines[0] += ["precision", "recall", "F1", "yes"][: len(pope)]
@@ -146,8 +146,18 @@ def render(table: dict[str, dict[str, Any]]) -> str:
         line += [f"[{down:+.3f}, {up:+.3f}]", str(row["gained"]), str(row["lost"])]
         line.append("" if row["logprob"] is None else f"{row['logprob']:.3f}")
         lines.append([*line, *(f"{row['pope'][key]:.3f}" for key in pope)])
+    splits = table[BASELINE].get("pope_splits", {})
+    by_split = [["POPE", *(f"{split}, {measure}" for split in splits for measure in ("accuracy", "F1"))]]
+    for name, row in table.items() if splits else ():
+        by_split.append(
+            [name, *(f"{row['pope_splits'][split][key]:.3f}" for split in splits for key in ("accuracy", "f1"))]
+        )
+    return aligned(lines) + ("\n\n" + aligned(by_split) if splits else "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _judged(results: Mapping[str, Any]) -> bool:
@@ -193,3 +203,5 @@ def run(argv: Sequence[str]) -> None:
     about = f"# Chosen by janus-dola calibrate on {config.data}: {reason}\n"
     output.write_text(about + OmegaConf.to_yaml(mine), encoding="utf-8")
     print(f"winner: {winner}, written to {output}")
+    if Path(path).is_dir():  # of a name on the hub the file is not the user's
+        print(f"for every program on this checkpoint: {json.dumps(asdict(keys))} in {path}/generation_config.json")

@@ -1,6 +1,7 @@
 """Checkpoints: the one place that loads a model and its processor."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from janus_dola.programs.errors import first_line
 from janus_dola.programs.generation import check_token_ids
 from janus_dola.programs.options import ModelConfig
 from janus_dola.wrapper import DoLaJanusWrapper
+
+SMALL = 20_000_000  # weights
 
 
 def pick_device(device: str, dtype: str, stored: torch.dtype | None = None) -> tuple[torch.device, torch.dtype]:
@@ -167,10 +170,21 @@ def load_model(config: ModelConfig, model_config: Any) -> Any:
     try:
         with loading(config.model_path):
             if model_config.model_type == "janus":
-                return NativeJanus(load_native(config.model_path, dtype).to(device).eval())
-            return MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype).to(device).eval()
+                return choose_threads(NativeJanus(load_native(config.model_path, dtype).to(device).eval()))
+            model = MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype)
+            return choose_threads(model.to(device).eval())
     finally:
         logging.set_verbosity(verbosity)
+
+
+def choose_threads(model: Any) -> Any:
+    """The model, after leaving it one CPU thread if it is too small for more, unless OMP_NUM_THREADS says how many.
+
+    On its matrices threads mostly wait for each other: where other programs run, three times as long as one computes.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and sum(weight.numel() for weight in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    return model
 
 
 def load_native(path: str, dtype: torch.dtype) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from janus.utils.io import load_pil_images
@@ -182,15 +181,22 @@ def _answer(
 
 
 def generate_answers(
-    generate: Callable[..., Tensor], arguments: dict[str, Any], configs: Sequence[DoLaConfig], trace: DoLaTrace | None
+    generate: Callable[..., Any], arguments: dict[str, Any], configs: Sequence[DoLaConfig], trace: DoLaTrace | None
 ) -> list[Answer]:
-    """The answers to prompts [rows, T, d], each under its configuration; one whose logits were NaN has an error."""
+    """The answers to prompts [rows, T, d], each under its configuration; one whose logits were NaN has an error.
+
+    Of several beams, those that are alive.
+    """
     watch, tokenizer, eos = NaNWatch(), arguments["tokenizer"], arguments["eos_token_id"]
-    ids = generate(**arguments, logits_processor=[watch], trace=trace).cpu()  # [rows x returned sequences, T]
+    output = generate(**arguments, return_dict_in_generate=True, logits_processor=[watch], trace=trace)
+    ids, scores = output.sequences.cpu(), getattr(output, "sequences_scores", None)  # [rows x returned sequences, T]
+    dead = [False] * len(ids) if scores is None else scores.isneginf().tolist()
     eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
     lengths, errors = answer_lengths(ids, eos, arguments["pad_token_id"]).tolist(), watch.errors(len(configs))
     answers = []
     for row, length in enumerate(lengths):
+        if dead[row]:
+            continue
         prompt = row * len(configs) // len(ids)
         layers = trace.layers[row, :length].tolist() if trace is not None and configs[prompt].use_dola_lm else None
         text = tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip()

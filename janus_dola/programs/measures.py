@@ -66,6 +66,11 @@ def pope_measures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]
     }
 
 
+def _pope(pairs: Sequence[tuple[Prompt, dict[str, Any]]], name: str) -> dict[str, float]:
+    """`pope_measures` of a configuration's answers."""
+    return pope_measures([result[name]["said"] for _, result in pairs], [prompt.answer for prompt, _ in pairs])
+
+
 def summarize(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The table: for each configuration its accuracy, the difference from the baseline, and what changed.
 
@@ -74,7 +79,9 @@ def summarize(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> d
         results: Of each, name of the configuration -> {"correct"}, and "said" or "logprob" where the form has them.
     """
     baseline = np.array([result[BASELINE]["correct"] for result in results], dtype=float)
-    pope = [i for i, prompt in enumerate(prompts) if prompt.form == "pope"]
+    pope = [pair for pair in zip(prompts, results, strict=True) if pair[0].form == "pope"]
+    names = sorted({prompt.category for prompt, _ in pope if prompt.category})
+    splits = {split: [pair for pair in pope if pair[0].category == split] for split in names}
     table: dict[str, dict[str, Any]] = {}
     for name in results[0]:
         correct = np.array([result[name]["correct"] for result in results], dtype=float)
@@ -90,8 +97,8 @@ def summarize(prompts: Sequence[Prompt], results: Sequence[dict[str, Any]]) -> d
             "logprob": float(np.mean(logprobs)) if logprobs else None,
         }
         if pope:
-            said, truth = [results[i][name]["said"] for i in pope], [prompts[i].answer for i in pope]
-            table[name]["pope"] = pope_measures(said, truth)
+            table[name]["pope"] = _pope(pope, name)
+            table[name]["pope_splits"] = {split: _pope(part, name) for split, part in splits.items()}
     correct = np.array([[result[name]["correct"] for result in results] for name in table], dtype=float)
     for row, both in zip(table.values(), simultaneous_intervals(correct - baseline), strict=True):
         row["simultaneous_interval"] = both

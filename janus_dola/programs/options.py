@@ -1,6 +1,7 @@
 """The arguments of a program: `key=value` over files of defaults, `--help`, and one-line errors."""
 
 import inspect
+import json
 import math
 import os
 import re
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers.utils import cached_file
 
 from janus_dola.config import DoLaConfig, option
+from janus_dola.methods import METHODS
 from janus_dola.programs import PROGRAMS
 from janus_dola.programs.errors import first_line, read_bytes, unknown_key
 from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
@@ -97,7 +100,9 @@ class ManyConfig(ModelConfig):
 
 
 def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEFAULT) -> T:
-    """`key=value` arguments over the file that `config=FILE` names over the default file, checked against `schema`.
+    """`key=value` arguments, checked against `schema`.
+
+    They are over the files that `config=FILE` names, those over the checkpoint's own DoLa keys, those over the default.
 
     Args:
         schema: A dataclass; keys and types must be its own.
@@ -130,14 +135,51 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     foreign = read_yaml(DEFAULT).keys() - names  # of other programs
     layers = [{name: v for name, v in read_yaml(file).items() if name not in foreign} for file in files]
     values = merge(schema, layers, overrides) | texts
+    typed = dict.fromkeys([*(re.split(r"[.\[=]", argument)[0] for argument in overrides), *texts], "command line")
+    own = own_keys(values["model_path"], bool(asks_for_help)) if issubclass(schema, DoLaConfig) else None
+    if own is not None:
+        file, keys = own
+        start = default is not None
+        given = typed.keys() | {name for layer in layers[start:] for name in layer}
+        if "bucket_id" in given:  # which candidate_layers would win over
+            keys.pop("candidate_layers", None)
+        if "method" in given and values["method"] != (method := keys.get("method", "dola")):
+            keys = {name: value for name, value in keys.items() if name not in METHODS[method]}
+        files.insert(start, file)
+        layers.insert(start, keys)
+        values = merge(schema, layers, overrides) | texts
     if asks_for_help:
         origins = {
             name: str(file) for file, layer in zip(files, layers, strict=True) if file != default for name in layer
         }
-        given = [re.split(r"[.\[=]", argument)[0] for argument in overrides]
-        print(usage(schema, values, origins | dict.fromkeys([*given, *texts], "command line")))
+        print(usage(schema, values, origins | typed))
         sys.exit()
     return schema(**values)
+
+
+def own_keys(model_path: str, cached: bool) -> tuple[Path, dict[str, Any]] | None:
+    """A checkpoint's generation_config.json, where an exported folder has its configuration, and DoLa's keys in it.
+
+    Args:
+        model_path: A folder, or a name on the hub.
+        cached: Whether to look only at what was downloaded before.
+
+    Returns:
+        None if there is no such file, or no such checkpoint, of which those say more who load it.
+
+    Raises:
+        ValueError: The file is not JSON, or a key's value is wrong.
+    """
+    try:
+        file = Path(cached_file(model_path, "generation_config.json", local_files_only=cached) or "")
+        given = json.loads(file.read_bytes())
+        keys = {key.name: given[key.name] for key in fields(DoLaConfig) if key.name in given}
+        DoLaConfig(**merge(DoLaConfig, [keys]))
+    except OSError:
+        return None
+    except (ValueError, TypeError) as error:  # a TypeError of what is not a mapping
+        raise ValueError(f"model_path {model_path!r}: generation_config.json: {first_line(error)}") from error
+    return file, keys
 
 
 def config_file(name: str) -> Path:

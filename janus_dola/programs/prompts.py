@@ -24,7 +24,7 @@ DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
 # What a line with an answer has beside the keys of any line, by form. POPE's images are named by file.
 FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
 KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS, "answer", "choices")
-POPE_KEYS = ("id", "question_id", "image", "text", "label", *DOLA_KEYS)
+POPE_KEYS = ("id", "question_id", "image", "text", "label", "category", *DOLA_KEYS)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Prompt:
         form: One of `FORMS`, or None where the line has no answer.
         answer: The right answer: a string; of "pope" yes or no; of "choices" the index of one.
         choices: The answers to choose from.
+        category: POPE's split, such as random, popular or adversarial, where the line names it.
     """
 
     id: str | int
@@ -48,6 +49,7 @@ class Prompt:
     form: str | None = None
     answer: Any = None
     choices: tuple[str, ...] = ()
+    category: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -177,8 +179,8 @@ def _parse(line: bytes) -> dict[str, Any] | ValueError:
     return given if isinstance(given, dict) else ValueError(f"a line must be a JSON object, got {str(given)[:80]!r}")
 
 
-def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...]]:
-    """Form, answer and choices of a line; a POPE line gets the keys of other lines."""
+def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...], str | None]:
+    """Form, answer, choices and category of a line; a POPE line gets the keys of other lines."""
     form = next((form for form, keys in FORMS.items() if keys <= given.keys()), None)
     for key in given:
         if key not in (allowed := POPE_KEYS if form == "pope" else KEYS):
@@ -192,6 +194,8 @@ def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, 
             raise ValueError(f"label must be yes or no, got {given['label']!r}")
         if not isinstance(given.get("image") or "", str):
             raise ValueError(f"image must be a path, got {given['image']!r}")
+        if not isinstance(given.get("category"), (str, NoneType)):
+            raise ValueError(f"category must be a string, such as random, got {given['category']!r}")
         given["question"] = given["text"]
         given["images"] = [os.path.join(image_root, given["image"])] if given.get("image") else []
     elif form == "choices":
@@ -201,7 +205,7 @@ def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, 
             raise ValueError(f"answer must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
     elif form == "answer" and not (isinstance(answer, str) and answer.strip()):
         raise ValueError(f"answer must be a string, got {answer!r}")
-    return form, answer, tuple(choices or ())
+    return form, answer, tuple(choices or ()), given.get("category")
 
 
 def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -61,7 +62,8 @@ def answer_file(
         if strict and "error" in line:
             raise ValueError(f"{key}, {line['id']}: {line['error']}")
 
-    prints = {prompt.id: prompt.fingerprint for prompt in prompts}
+    # Of the configuration that it is asked under: calibrate's are its own, whatever the run's.
+    prints = {prompt.id: replace(prompt, dola=task.configs(prompt)[0]).fingerprint for prompt in prompts}
     with Results(output, values | {"dtype": str(dtype)}) as results:
         names = [*(line["id"] for line in errors), *prints]
         answered = {name: line for name, line in results.lines.items() if "error" not in line}

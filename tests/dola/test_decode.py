@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -19,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.exits import ExitView
+from janus_dola.processor import NaNWatch
 
 CONFIGS = [
     DoLaConfig(),
@@ -131,6 +133,41 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
     if not sampled:
         plain = model.language_model.generate(**prompt, **kind)[each : 2 * each]
         assert torch.equal(got.sequences[each : 2 * each, : plain.shape[1]], plain)
+
+
+@pytest.mark.parametrize("how", [{}, {"length_penalty": 0.0}, {"length_penalty": -1.0}, {"do_sample": True}], ids=str)
+def test_dead_beams_score_minus_infinity(model: Any, prompt: dict[str, Any], how: dict[str, Any]) -> None:
+    """V_head of alpha 1 leaves one answer: they were repeats and fragments, at -1e9 divided by the length penalty."""
+    wrapper = DoLaJanusWrapper(model)
+    two = {name: value[:2] if isinstance(value, torch.Tensor) else value for name, value in prompt.items()} | how
+    beams = {"num_beams": 4, "num_return_sequences": 4}
+    scored = {"return_dict_in_generate": True, "output_scores": True}
+    mixed = [DoLaConfig(alpha=1.0), DoLaConfig(use_dola_lm=False)]
+
+    def ask(**more: Any) -> Any:
+        torch.manual_seed(0)
+        with pytest.warns(RuntimeWarning, match="of the .* returned sequences are no answers") as warned:
+            output = wrapper.generate_with_dola(**(two | beams | more))
+        (warning,) = warned
+        assert warning.filename == __file__
+        return output, int(str(warning.message).split()[0])
+
+    output, dead = ask(configs=mixed, **scored)
+    alive = output.sequences_scores.isfinite()
+    assert alive[0] and alive[4] and dead == (~alive).sum() >= 3 and output.sequences_scores[~alive].isneginf().all()
+    if not how.get("do_sample"):  # which may draw less than there is
+        assert alive.tolist() == [True, False, False, False] + [True] * 4
+        baseline = model.language_model.generate(**two, **beams, **scored)
+        torch.testing.assert_close(output.sequences_scores[4:], baseline.sequences_scores[4:])
+    greedy = wrapper.generate_with_dola(**(prompt | {"num_beams": 1}), configs=[mixed[0]] * 3)[0]
+    T = min(len(greedy), output.sequences.shape[1])
+    assert torch.equal(output.sequences[0, :T], greedy[:T])
+    bare, again = ask(configs=mixed)  # without scores, it is counted as well
+    assert torch.equal(bare, output.sequences) and again == dead
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing dead is returned
+        wrapper.generate_with_dola(**(two | beams | {"num_return_sequences": 1}), configs=mixed)
+        wrapper.generate_with_dola(**(two | beams), configs=mixed, logits_processor=[NaNWatch()])  # its caller looks
 
 
 METHODS = [

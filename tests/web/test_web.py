@@ -129,11 +129,11 @@ def message(text: str, *pictures: Path) -> dict[str, Any]:
 
 def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) -> None:
     page = open_page(url)
-    asked = [f"image={IMAGES / 'wide.png'}", f"question={DESCRIBE}", *CPU, "compare=true"]
-    ask(page, DESCRIBE, IMAGES / "wide.png")
+    asked = [f"image={IMAGES / 'habit.png'}", f"question={DESCRIBE}", *CPU, "compare=true"]
+    ask(page, DESCRIBE, IMAGES / "habit.png")
     first = shown(page)
     assert first == cli(capsys, *asked) and first[0] != first[1]
-    assert page.locator("#off img").get_attribute("src").endswith("/wide.png")
+    assert page.locator("#off img").get_attribute("src").endswith("/habit.png")
 
     config = read_config(answer.AnswerConfig, asked)
     model, processor = checkpoint.load(config)
@@ -167,7 +167,7 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
     assert page.locator("#off [data-testid=bot]").count() == 0 and not page.locator("#command").is_visible()
     page.get_by_label("number input for α").fill("0.9")
     page.get_by_label("number input for α").press("Tab")
-    ask(page, DESCRIBE, IMAGES / "wide.png")
+    ask(page, DESCRIBE, IMAGES / "habit.png")
     assert shown(page) == cli(capsys, *asked, "alpha=0.9") != first
 
     copied = command(page)
@@ -219,7 +219,7 @@ def test_an_error_is_a_sentence(url: str, open_page: Any, tmp_path: Path) -> Non
 def test_on_a_phone(url: str, open_page: Any) -> None:
     page = open_page(url, 390, 844, is_mobile=True, has_touch=True)
     send = page.get_by_test_id("submit-button") if page.get_by_test_id("submit-button").count() else None
-    page.set_input_files("#question input[type=file]", IMAGES / "wide.png")
+    page.set_input_files("#question input[type=file]", IMAGES / "habit.png")
     page.locator("#question .thumbnail-item, #question .thumbnail-image").first.wait_for()
     box = page.locator("#question textarea")
     assert box.bounding_box()["y"] < 844  # without scrolling
