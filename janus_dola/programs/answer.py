@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from janus.utils.io import load_pil_images
 from janus_dola.config import DoLaConfig, option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
 from janus_dola.programs.options import CONFIGS, ManyConfig, config_files, read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt, open_images
 from janus_dola.programs.report import check_report, write_report
 from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
@@ -98,13 +97,13 @@ def answer_one(config: AnswerConfig) -> None:
         config.images, config.question = [os.path.relpath(DEMO_IMAGE)], DEMO_QUESTION
     # All that can be wrong without the weights is found before they are loaded.
     turns = build_conversation(config.roles, config.question, config.images, config.conversation)
-    pil_images = load_pil_images(turns)
     if config.trace:
         Path(config.trace).mkdir(parents=True, exist_ok=True)
     checkpoint.pick_device(config.device, config.dtype)
     model_config = checkpoint.load_config(config.model_path)
     processor = checkpoint.load_processor(config, model_config)
     check_prompt(turns, processor, model_config, config.generation)
+    pil_images = open_images(turns, processor)
     model = DoLaJanusWrapper(checkpoint.load_model(config, model_config), config.dola())
     tokenizer = processor.tokenizer
     inputs = processor(conversations=turns, images=pil_images).to(model.device, model.dtype)
