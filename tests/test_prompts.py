@@ -1,5 +1,6 @@
 """A file of prompts: every line is a prompt or an error with an id of its own."""
 
+import codecs
 import json
 import weakref
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_an_answer_to_score_must_fit_too(read: Any) -> None:
 def test_utf_16_is_refused_as_a_whole(read: Any, encoding: str) -> None:
     with pytest.raises(ValueError, match=r"prompts must be UTF-8, got UTF-16 in '.*prompts.jsonl'"):
         read((json.dumps(TEXT) + "\n").encode(encoding))
+
+
+def test_bytes_that_editors_leave(read: Any) -> None:
+    """A byte order mark and CRLF are no part of a line; NUL and half a surrogate pair are that line's error."""
+    line = json.dumps(TEXT).encode()
+    lines = [codecs.BOM_UTF8 + line, b"", line[:-1] + b"\0}", b'{"question": "\\ud800"}', b"\xff" + line, line]
+    good, errors = read(b"\r\n".join(lines))
+    assert list(good) == ["line 1", "line 6"]
+    assert list(errors) == ["line 3", "line 4", "line 5"] and all("not JSON" in text for text in errors.values())
 
 
 @pytest.mark.parametrize("batch", [False, True])
