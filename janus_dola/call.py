@@ -32,6 +32,18 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def check_length(prompt: int, new: int, positions: int, what: str = "new ones (max_new_tokens)") -> None:
+    """Refuses more tokens than the model has positions for: past them answers are noise.
+
+    Raises:
+        ValueError: The prompt's and the new tokens together are more.
+    """
+    if prompt + new > positions:
+        raise ValueError(
+            f"too long: the prompt's {prompt} tokens and {new} {what} are more than the model's {positions} positions"
+        )
+
+
 class Call:
     """The arguments of one `generate` call, by name, with the defaults of the model's generation config.
 
@@ -94,6 +106,18 @@ class Call:
         for name, (off, reason) in UNSUPPORTED.items():
             if (value := self.get(name)) not in off:
                 raise ValueError(f"{name} must be left off with DoLa, got {value!r}: {reason}")
+
+    def check_positions(self) -> None:
+        """Refuses what `check_length` does of a Janus; other models may stretch their positions.
+
+        Raises:
+            ValueError: The prompt is too long.
+        """
+        prompts = [self.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+        if self._model.config.model_type == "janus":
+            length = max((prompt.shape[1] for prompt in prompts if isinstance(prompt, Tensor)), default=0)
+            positions = self._model.config.get_text_config().max_position_embeddings
+            check_length(length, self.get("max_new_tokens") or 1, positions)
 
     def run(
         self, own: Sequence[LogitsProcessor] = (), criterion: StoppingCriteria | None = None, view: Any = None

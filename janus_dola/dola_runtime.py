@@ -234,10 +234,8 @@ def candidates_in_bucket(num_layers: int, bucket_id: int) -> tuple[int, ...]:
     if bucket_id not in (0, 1, 2):
         raise ValueError(f"bucket_id must be 0, 1 or 2, got {bucket_id!r}")
     first, last = buckets(num_layers)[bucket_id]
-    layers = tuple(range(first, last + 1))
-    even = tuple(layer for layer in layers if layer % 2 == 0)
-    if len(even) < 3:
-        return layers
+    layers = range(first, last + 1)  # not a tuple yet: a broken checkpoint may claim any number of layers
+    even = layers[first % 2 :: 2]
     if len(even) > 5:
         return tuple(even[i * (len(even) - 1) // 4] for i in range(5))
-    return even
+    return tuple(layers if len(even) < 3 else even)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN, Fails
+from conftest import CHECKPOINT, GOLDEN, Fails, export
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +86,59 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def second_shard(name: str, text: str | None = None) -> Callable[[Path], None]:
+    """Writes two shards without metadata, the second under this name; `text` is what stands there, if not weights."""
+
+    def change(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        names, files = sorted(stored), ["model-00001-of-00002.safetensors", name.replace("FOLDER", str(folder))]
+        for i, file in enumerate(files):
+            save_file({key: stored[key] for key in names[i::2]}, folder / file)
+        if text is not None:
+            (folder / files[1]).write_text(text)
+        index = {key: files[i % 2] for i, key in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "model.safetensors").unlink()
+
+    return change
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4178000000\n"
+PULL = "has a git-lfs pointer in place of {}: `git lfs pull`"
+OUTSIDE = r"its model\.safetensors\.index\.json must name files of the folder, got '(\.\.)?/"
+VISION = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))["vision_config"]["params"]
+# In transformers' own layout as well.
+BROKEN_WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pointer": (file_of("model.safetensors", POINTER), PULL.format("model.safetensors")),
+    "a pointer for a bin": (file_of("pytorch_model.bin", POINTER), PULL.format("pytorch_model.bin")),
+    "a pointer for a shard": (second_shard("b.safetensors", text=POINTER), PULL.format("b.safetensors")),
+    "a shard above the folder": (second_shard("../b.safetensors"), OUTSIDE),
+    "a shard anywhere": (second_shard("FOLDER/../b.safetensors"), OUTSIDE),
+    "heads": (
+        set_keys("config.json", vision_config={"params": VISION | {"heads": -1}, "num_attention_heads": -1}),
+        r"vision_config\.(params\.heads must be a positive number|num_attention_heads must be at least 1), got -1",
+    ),
+}  # fmt: skip
+BROKEN_TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pointer for a tokenizer": (file_of("tokenizer.json", POINTER), PULL.format("tokenizer.json")),
+    "a length": (set_keys("tokenizer_config.json", model_max_length={}), "model_max_length must be a number, got {}"),
+}
+BROKEN_IN_PROGRAMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pointer for a config": (file_of("config.json", POINTER), PULL.format("config.json")),
+    "fp8": (
+        set_keys("config.json", quantization_config={"quant_method": "fp8"}),
+        "give dtype=bfloat16, or take it out|lacks the weights",  # where there is a GPU
+    ),
+    "fp8 and a vocabulary": (
+        set_keys(
+            "config.json",
+            quantization_config={"quant_method": "fp8"},
+            language_config={"vocab_size": 10**8},
+            text_config={"vocab_size": 10**8},
+        ),
+        r"but its config\.json describes \[100000000, 64\]",
+    ),
+}
 SAFETENSORS = (CHECKPOINT / "model.safetensors").read_bytes()
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
@@ -113,6 +166,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         r"num_hidden_layers must be at most 30, the language_model\.model\.layers in the weights, got 31",
     ),
     "an unknown activation": (set_keys("config.json", language_config={"hidden_act": "evil"}), "KeyError: 'evil'"),
+    "heads that are text": (set_keys("config.json", vision_config={"params": VISION | {"heads": "x"}}), "got 'x'"),
+    "heads that do not fit": (
+        set_keys("config.json", vision_config={"params": VISION | {"heads": 3}}),
+        "vision_config.params.heads must divide width, 64, got 3",
+    ),
+    "JanusFlow": (set_keys("config.json", vision_und_enc_config={}), "JanusFlow's, and JanusFlow is not supported"),
+    **BROKEN_WEIGHTS,
 }  # fmt: skip
 BROKEN_PROCESSORS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no preprocessor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "Can't load image processor"),
@@ -123,6 +183,7 @@ BROKEN_PROCESSORS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer that is cut": (file_of("tokenizer.json", "{"), "JSONDecodeError"),
     "no image tokens": (set_keys("processor_config.json", num_image_tokens=-5), "num_image_tokens must be .* got -5"),
     "a tag that is no token": (set_keys("processor_config.json", image_start_tag="<no>"), "has no token '<no>'"),
+    **BROKEN_TOKENIZERS,
 }
 
 
@@ -155,6 +216,38 @@ def test_broken_processors(fails: Fails, tmp_path: Path, name: str) -> None:
     said = f"{type(error.value).__name__}: {error.value}"
     line = fails(answer_program.run, f"model_path={folder}", *TEXT[1:], "question=What?")
     assert re.search(message, said) and re.search(message, line), (said, line)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"published": CHECKPOINT, "native": export(CHECKPOINT, tmp_path_factory.mktemp("native") / "folder")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        *(("native", name) for name in BROKEN_WEIGHTS | BROKEN_TOKENIZERS | BROKEN_IN_PROGRAMS),
+        *(("published", name) for name in BROKEN_IN_PROGRAMS),
+    ],
+)
+def test_the_command_line_names_what_is_broken(
+    fails: Fails, layouts: dict[str, Path], tmp_path: Path, layout: str, name: str
+) -> None:
+    change, message = (BROKEN_WEIGHTS | BROKEN_TOKENIZERS | BROKEN_IN_PROGRAMS)[name]
+    folder = shutil.copytree(layouts[layout], tmp_path / "checkpoint")
+    change(folder)
+    line = fails(answer_program.run, f"model_path={folder}", *TEXT[1:], "dtype=float32", "question=What?")
+    assert re.search(message, line) and str(folder) in line, line
+
+
+@pytest.mark.parametrize("layout", ["published", "native"])
+def test_shards_without_metadata_load(capsys: Any, layouts: dict[str, Path], tmp_path: Path, layout: str) -> None:
+    folder, said = shutil.copytree(layouts[layout], tmp_path / "checkpoint"), []
+    for change in (lambda folder: None, second_shard("b.safetensors")):
+        change(folder)
+        answer_program.run([f"model_path={folder}", *TEXT[1:], "question=What?"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
 
 
 @pytest.mark.parametrize(

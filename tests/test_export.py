@@ -254,6 +254,19 @@ def test_which_configuration_counts(folders: dict[str, Path], tmp_path: Path, gi
         model.generate(**given, alhpa=0.1)
 
 
+def test_a_prompt_longer_than_the_positions_is_refused(models: dict[str, Any]) -> None:
+    """It answered "right is right is right"."""
+    model = models["demo"]
+    positions = model.config.get_text_config().max_position_embeddings
+    ids = torch.full((2, positions - 2), 5)
+    message = rf"too long: the prompt's {positions - 2} tokens and 3 new ones \(max_new_tokens\) are more than the mod"
+    in_config = {"generation_config": GenerationConfig(max_new_tokens=3)}
+    for args, how in (((ids,), {}), ((), {"input_ids": ids}), ((), {"input_ids": ids, "use_dola_lm": False})):
+        for new in ({"max_new_tokens": 3}, in_config):
+            with pytest.raises(ValueError, match=message):
+                model.generate(*args, **how, **new)
+
+
 def test_off_is_the_baseline(folders: dict[str, Path], models: dict[str, Any], given: Any) -> None:
     baseline = JanusForConditionalGeneration.from_pretrained(folders["demo"], dtype=torch.float32).eval()
     for how in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 2.0}):

@@ -135,6 +135,8 @@ def test_odd_images_are_what_the_published_code_makes_of_them(processor: Any, tm
     square = Image.new("RGB", (64, 64), (127, 127, 127))
     square.paste(want.resize((width, height), Image.Resampling.BICUBIC), ((64 - width) // 2, (64 - height) // 2))
     np.testing.assert_allclose(got, (np.asarray(square).transpose(2, 0, 1) / 255 - 0.5) / 0.5, atol=1e-6)
+    fitted = processor.image_processor.fit(image)  # as programs keep it
+    assert np.array_equal(processor.image_processor([fitted])["pixel_values"][0].numpy(), got)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,18 @@
 """A file of prompts: every line is a prompt or an error with an id of its own."""
 
+import codecs
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CHECKPOINT
+from PIL import Image
 
+from janus.utils.io import load_image
+from janus_dola.programs import answer
+from janus_dola.programs import prompts as prompts_program
 from janus_dola.programs.answer import AnswerConfig
 from janus_dola.programs.prompts import read_prompts
 
@@ -72,3 +79,40 @@ def test_an_answer_to_score_must_fit_too(read: Any) -> None:
 def test_utf_16_is_refused_as_a_whole(read: Any, encoding: str) -> None:
     with pytest.raises(ValueError, match=r"prompts must be UTF-8, got UTF-16 in '.*prompts.jsonl'"):
         read((json.dumps(TEXT) + "\n").encode(encoding))
+
+
+def test_bytes_that_editors_leave(read: Any) -> None:
+    """A byte order mark and CRLF are no part of a line; NUL and half a surrogate pair are that line's error."""
+    line = json.dumps(TEXT).encode()
+    lines = [codecs.BOM_UTF8 + line, b"", line[:-1] + b"\0}", b'{"question": "\\ud800"}', b"\xff" + line, line]
+    good, errors = read(b"\r\n".join(lines))
+    assert list(good) == ["line 1", "line 6"]
+    assert list(errors) == ["line 3", "line 4", "line 5"] and all("not JSON" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_one_picture_at_a_time_is_open_at_its_own_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: bool
+) -> None:
+    """One of 88 megapixels is a file of 280 KB, and each held 340 MB until the last was open."""
+    opened: list[weakref.ref[Image.Image]] = []
+    held: list[int] = []
+
+    def load(source: Any) -> Image.Image:
+        held.append(sum(image() is not None for image in opened))
+        image = load_image(source)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(prompts_program, "load_image", load)
+    path = tmp_path / "large.png"
+    Image.new("RGB", (300, 200), "red").save(path)
+    line = {"question": "Which?", "images": [str(path)] * 3}
+    keys = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=1"]
+    if batch:
+        (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+        keys += [f"prompts={tmp_path / 'prompts.jsonl'}", f"output={tmp_path / 'out.jsonl'}"]
+    else:
+        keys += [f"images={json.dumps(line['images'])}", "question=Which?"]
+    assert not answer.run(keys)
+    assert held == [0] * (6 if batch else 3)

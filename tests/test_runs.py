@@ -100,11 +100,12 @@ def test_prompts_from_a_pipe_are_read_once(ask: Any, tmp_path: Path) -> None:
         (answer, ["prompts=val.json", "output=val.json"], "output must not be the file of prompts, got 'val.json'"),
         (answer, ["prompts=out.jsonl.settings.json", "output=out.jsonl"], "output must not be the file of prompts"),
         (answer, ["prompts=val.json", "output=x.html", "report=x.html"], "report must not be the file of output"),
+        (answer, ["image=trace.png", "trace=.", "question=What?"], "trace must not be the file of images, got 'trace"),
     ],
 )
 def test_nothing_that_is_read_is_written(ask: Any, fails: Fails, program: Any, keys: list[str], message: str) -> None:
     """calibrate replaced val.json by its report."""
-    for name in ("val.json", "val.html", "out.jsonl.settings.json"):
+    for name in ("val.json", "val.html", "out.jsonl.settings.json", "trace.png"):
         Path(name).write_text(json.dumps(TEXT | {"answer": "so"}) + "\n")
     Path("link.json").symlink_to("val.json")
     Path("mine.yaml").write_text("alpha: 0.3\n")

@@ -68,14 +68,24 @@ class VLMImageProcessor(BaseImageProcessor):
     def default_shape(self) -> list[int]:
         return [3, self.image_size, self.image_size]
 
-    def resize(self, image: Image.Image) -> np.ndarray:
-        """An image of any size and mode to uint8 [3, image_size, image_size]."""
+    def fit(self, image: Image.Image) -> Image.Image:
+        """An image of any size and mode to RGB, image_size x image_size. One that has been fitted stays as it is.
+
+        Raises:
+            ValueError: It has no pixel.
+        """
         width, height = image.size
+        if 0 in image.size:
+            raise ValueError(f"images must have at least one pixel, got one of {width}x{height}")
         longest = max(width, height)
         new_width, new_height = (max(int(x / longest * self.image_size), self.min_size) for x in (width, height))
         # The published code asks torchvision, which does this to a PIL image; it has no build for every CPU torch.
         image = image.convert("RGB").resize((new_width, new_height), Image.Resampling.BICUBIC)
-        return np.asarray(expand2square(image, self.background_color)).transpose(2, 0, 1)
+        return expand2square(image, self.background_color)
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """An image of any size and mode to uint8 [3, image_size, image_size]."""
+        return np.asarray(self.fit(image)).transpose(2, 0, 1)
 
     def preprocess(self, images: Sequence[Image.Image], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
         """PIL images to `pixel_values`, float32 [n_images, 3, image_size, image_size].
@@ -87,9 +97,6 @@ class VLMImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"images must be a list of PIL images, got {str(images)[:80]}: load_pil_images opens paths"
             )
-        for image in images:
-            if 0 in image.size:
-                raise ValueError(f"images must have at least one pixel, got one of {image.width}x{image.height}")
         pixel_values = np.zeros((len(images), *self.default_shape), dtype=np.float32)
         for i, image in enumerate(images):
             pixels = (self.resize(image).astype(np.float64) * self.rescale_factor).astype(np.float32)

@@ -1,19 +1,17 @@
 """The Janus model: vision tower, image tokenizer and LLaMA text decoder (`janus/models/modeling_vlm.py`)."""
 
 import copy
-import pickle
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from janus.models.projector import MlpProjector
 from janus.models.siglip_vit import CLIPVisionTower, VisionTransformer
-from janus.models.stored_sizes import check_depths, check_shapes, depths, refuse, stored_shapes
+from janus.models.stored_sizes import check_depths, check_shapes, depths, reading, refuse, stored_shapes
 from janus.models.vq_model import VQ_models, VQModel
 
 
@@ -86,7 +84,10 @@ class MultiModalityConfig(PretrainedConfig):
 
         Raises:
             ValueError: `language_config` is missing (LLaMA's default has 7 billion weights), or a part not a mapping.
+                Or it is JanusFlow's, another model under the same `model_type`.
         """
+        if "vision_und_enc_config" in config_dict:
+            raise ValueError("config.json: vision_und_enc_config is JanusFlow's, and JanusFlow is not supported")
         for name in ("language_config", *cls.components):
             part = config_dict.get(name, None if name == "language_config" else {})
             if not isinstance(part, (Mapping, PretrainedConfig)):
@@ -201,20 +202,14 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
         """
         mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # transformers' error does not name the weight
-        try:
+        path = str(pretrained_model_name_or_path)
+        with reading(path):
             cls._check_stored(pretrained_model_name_or_path, kwargs, shapes=not mismatched)
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        except (SafetensorError, EOFError) as error:
-            raise ValueError(f"{str(pretrained_model_name_or_path)!r} has a broken file of weights: {error}") from error
-        except pickle.UnpicklingError as error:  # PyTorch's message suggests to run it
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} has a pickle that is broken or holds more than tensors, "
-                "which might run code: it is not read"
-            ) from error
         model, info = loaded
-        refuse(str(pretrained_model_name_or_path), info["missing_keys"], () if mismatched else info["mismatched_keys"])
+        refuse(path, info["missing_keys"], () if mismatched else info["mismatched_keys"])
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -224,14 +219,15 @@ class MultiModalityCausalLM(MultiModalityPreTrainedModel):
             return
         names = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
         hub = {name: arguments[name] for name in names if name in arguments}
-        if (stored := stored_shapes(str(path), **hub)) is None:
-            return
         config = arguments.get("config") or path
         if not isinstance(config, PretrainedConfig):
             config = cls.config_class.from_pretrained(config, **hub)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if (stored := stored_shapes(str(path), quantized, **hub)) is None:
+            return
         check_depths(depths(config), stored)
-        if shapes and getattr(config, "quantization_config", None) is None:  # whose weights may be packed
-            check_shapes(lambda: cls(config), stored, str(path))
+        if shapes:
+            check_shapes(lambda: cls(config), stored, str(path), renamed=quantized)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

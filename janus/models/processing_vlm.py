@@ -15,6 +15,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ProcessorMixin
 
 from janus.models.image_processing_vlm import VLMImageProcessor
+from janus.models.stored_sizes import refuse_pointer
 from janus.utils.conversation import Conversation, get_conv_template
 
 
@@ -89,8 +90,15 @@ def load_tokenizer(pretrained_model_name_or_path: str, **kwargs: Any) -> PreTrai
 
     `LlamaTokenizerFast` and `AutoTokenizer` of transformers 5 do not do: the first rebuilds the tokenizer and drops
     spaces and Chinese from DeepSeek's byte-level vocabulary, the second leaves out the BOS of `add_bos_token`.
+
+    Raises:
+        ValueError: A git-lfs pointer stands in place of tokenizer.json, or `model_max_length` is not a number.
     """
+    if (file := Path(pretrained_model_name_or_path, "tokenizer.json")).is_file():
+        refuse_pointer(str(pretrained_model_name_or_path), file)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    if not isinstance(length := tokenizer.model_max_length, (int, float)):
+        raise ValueError(f"tokenizer_config.json: model_max_length must be a number, got {length!r}")
     config = get_tokenizer_config(pretrained_model_name_or_path, **kwargs)
     tokenizer.add_bos_token = config.get("add_bos_token", True)  # LlamaTokenizer's default
     return tokenizer

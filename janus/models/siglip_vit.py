@@ -1,5 +1,6 @@
 """SigLIP's vision transformer without its pooling head, which Janus does not use (`janus/models/siglip_vit.py`)."""
 
+import math
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def tower_sizes(
     """`VisionTransformer`'s arguments from those of `CLIPVisionTower`.
 
     Raises:
-        ValueError: `model_name` is unknown and a size is missing.
+        ValueError: `model_name` is unknown and a size is missing, a size is not a positive number, or `heads` does not
+            divide `width`.
     """
     given = {"patch_size": patch_size, "width": width, "layers": layers, "heads": heads, "mlp_ratio": mlp_ratio}
     sizes = SIGLIP_SIZES.get(model_name, {}) | {name: size for name, size in given.items() if size is not None}
@@ -106,6 +108,11 @@ def tower_sizes(
             f"vision_config.params.model_name must be one of {sorted(SIGLIP_SIZES)}, or come with "
             f"{sorted(missing)}, got {model_name!r}"
         )
+    for name, size in (sizes | {"image_size": image_size}).items():
+        if not isinstance(size, (int, float)) or not 0 < size < math.inf:
+            raise ValueError(f"vision_config.params.{name} must be a positive number, got {size!r}")
+    if (heads := int(sizes["heads"])) < 1 or int(sizes["width"]) % heads:
+        raise ValueError(f"vision_config.params.heads must divide width, {sizes['width']}, got {sizes['heads']!r}")
     total = int(sizes["layers"])
     depth = min(total, total + select_layer + 1 if select_layer <= 0 else select_layer)
     whole = {name: int(sizes[name]) for name in ("patch_size", "width", "heads")}

@@ -1,11 +1,16 @@
 """The model that config.json describes against the stored weights: one that no file holds is refused, not built."""
 
 import json
+import os
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
@@ -16,6 +21,33 @@ from janus.models.siglip_vit import tower_sizes
 Shapes = Mapping[str, tuple[int, ...]]
 # In the order in which transformers looks for them.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def refuse_pointer(path: str, file: str | Path) -> None:
+    """Refuses a file of a checkpoint that git cloned without git-lfs: a few lines stand where the file should be.
+
+    Raises:
+        ValueError: It is such a pointer.
+    """
+    with open(file, "rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ValueError(
+                f"{path!r} has a git-lfs pointer in place of {Path(file).name}: `git lfs pull` there gets the file"
+            )
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Errors of reading weights, as a ValueError that names the checkpoint."""
+    try:
+        yield
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{path!r} has a broken file of weights: {error}") from error
+    except pickle.UnpicklingError as error:  # PyTorch's message suggests to run it
+        raise ValueError(
+            f"{path!r} has a pickle that is broken or holds more than tensors, which might run code: it is not read"
+        ) from error
 
 
 def weight_files(path: str, **hub: Any) -> list[str] | None:
@@ -24,30 +56,44 @@ def weight_files(path: str, **hub: Any) -> list[str] | None:
     Args:
         path: A folder, or a name on the hub.
         hub: `cached_file`'s arguments: where on the hub, and where in the cache.
+
+    Raises:
+        ValueError: A git-lfs pointer stands in place of one, or the index names files that are not in the folder.
     """
     found = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in FILES)
     file = next((file for file in found if file is not None), None)
-    if file is None or not file.endswith(".index.json"):
-        return None if file is None else [file]
+    if file is None:
+        return None
+    refuse_pointer(path, file)
+    if not file.endswith(".index.json"):
+        return [file]
     with open(file, encoding="utf-8") as index:
-        json.load(index)["weight_map"]  # a KeyError that says more than that of the next line
+        shards = json.load(index)["weight_map"].values()  # a KeyError that says more than that of the next line
+    for shard in shards:
+        if not isinstance(shard, str) or PurePath(shard).is_absolute() or ".." in PurePath(shard).parts:
+            raise ValueError(f"{path!r}: its {Path(file).name} must name files of the folder, got {shard!r}")
     files, _ = get_checkpoint_shard_files(path, file, **hub)
+    for file in filter(os.path.isfile, files):
+        refuse_pointer(path, file)
     return files
 
 
-def stored_shapes(path: str, **hub: Any) -> Shapes | None:
+def stored_shapes(path: str, quantized: bool = False, **hub: Any) -> Shapes | None:
     """The shape of each weight of a checkpoint, by name, from the files' headers; None where there are no weights.
 
     Args:
         path, hub: Those of `weight_files`.
+        quantized: Whether weights of one byte an element are left out: they may be packed, and of other shapes.
     """
     if (files := weight_files(path, **hub)) is None:
         return None
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         # A pickle for the CPU is mapped; for meta, it would be read.
-        state = load_state_dict(file, map_location="meta" if file.endswith(".safetensors") else "cpu")
-        shapes |= {name: tuple(weight.shape) for name, weight in dict(state).items()}
+        with reading(path):
+            state = load_state_dict(file, map_location="meta" if file.endswith(".safetensors") else "cpu")
+        kept = {name: weight for name, weight in dict(state).items() if not (quantized and weight.itemsize == 1)}
+        shapes |= {name: tuple(weight.shape) for name, weight in kept.items()}
     return shapes
 
 
@@ -95,7 +141,8 @@ def check_shapes(build: Callable[[], nn.Module], stored: Shapes, path: str, rena
         build: Builds the model.
         stored: The shapes of the stored weights, by name.
         path: Where they are from, for the error.
-        renamed: Whether weights may be stored under other names, which transformers knows; then none is missing.
+        renamed: Whether weights may be stored under other names, which transformers knows, or packed; then none is
+            missing.
 
     Returns:
         The names of the model's weights.

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from janus.utils.io import load_pil_images
 from janus_dola.config import DoLaConfig, option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
 from janus_dola.programs.options import CONFIGS, ManyConfig, config_files, read_config
-from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt
+from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt, open_images
 from janus_dola.programs.report import check_report, write_report
 from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
@@ -82,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     """Returns the exit code: 1 if there was a prompt of a file that could not be answered."""
     config = read_config(AnswerConfig, argv)
     if config.output is None:
-        answer_one(config)
+        answer_one(config, config_files(argv))
         return 0
     report, configs = [config.report] if config.report else [], config_files(argv)
     read = {"prompts": [str(config.prompts)], "config": configs, "model_path": [config.model_path]}
@@ -96,18 +95,22 @@ def run(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def answer_one(config: AnswerConfig) -> None:
+def answer_one(config: AnswerConfig, configs: Sequence[str]) -> None:
     if config.question is None and not config.conversation and not config.images and DEMO_IMAGE.is_file():
         config.images, config.question = [os.path.relpath(DEMO_IMAGE)], DEMO_QUESTION
     # All that can be wrong without the weights is found before they are loaded.
     turns = build_conversation(config.roles, config.question, config.images, config.conversation)
-    pil_images = load_pil_images(turns)
     if config.trace:
-        Path(config.trace).mkdir(parents=True, exist_ok=True)
+        folder = Path(config.trace)
+        images = [image for turn in turns for image in turn["images"] if not image.startswith("data:")]
+        read = {"images": images, "config": configs, "model_path": [config.model_path]}
+        check_files({"trace": [folder / "trace.jsonl", folder / "trace.png"]}, read)
+        folder.mkdir(parents=True, exist_ok=True)
     checkpoint.pick_device(config.device, config.dtype)
     model_config = checkpoint.load_config(config.model_path)
     processor = checkpoint.load_processor(config, model_config)
     check_prompt(turns, processor, model_config, config.generation)
+    pil_images = open_images(turns, processor)
     model = DoLaJanusWrapper(checkpoint.load_model(config, model_config), config.dola())
     tokenizer = processor.tokenizer
     inputs = processor(conversations=turns, images=pil_images).to(model.device, model.dtype)
@@ -147,7 +150,6 @@ def answer_one(config: AnswerConfig) -> None:
     if trace is not None and config.compare:
         print(f"{'layers':<10}{' '.join(map(str, first.layers or ()))}")
     if trace is not None and config.trace:
-        folder = Path(config.trace)
         trace.save(folder / "trace.jsonl")
         trace.heatmap(folder / "trace.png", tokenizer)
         print(f"{'JSD':<10}{folder / 'trace.png'} (and trace.jsonl)")

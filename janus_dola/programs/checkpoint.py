@@ -17,7 +17,7 @@ from transformers.utils import logging
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor, VLMImageProcessor
 from janus.models.processing_vlm import load_tokenizer
 from janus.models.siglip_vit import tower_sizes
-from janus.models.stored_sizes import check_depths, check_shapes, refuse, stored_shapes
+from janus.models.stored_sizes import check_depths, check_shapes, refuse, refuse_pointer, stored_shapes
 from janus.utils.io import default_device
 from janus_dola.programs.errors import first_line
 from janus_dola.programs.generation import check_token_ids
@@ -94,6 +94,8 @@ def load_config(path: str) -> Any:
             f"model_path must be a folder or a name on the hub such as deepseek-ai/Janus-Pro-1B, got {path!r}"
         )
     with loading(path):
+        for file in sorted(Path(path).glob("*.json")):  # of the hub's files none is a pointer
+            refuse_pointer(path, file)
         given, _ = MultiModalityConfig.get_config_dict(path)
         if not isinstance(given, dict) or given.get("model_type") not in ("multi_modality", "janus"):
             wanted = "model_type multi_modality or janus"
@@ -149,11 +151,13 @@ def loading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        if not isinstance(error, ValueError) or isinstance(error, json.JSONDecodeError):
+            message = f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        elif path in str(error):
             raise
-        raise ValueError(
-            f"model_path {path!r} cannot be loaded: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        else:
+            message = f"model_path {path!r}: {error}"
+        raise ValueError(message) from error
 
 
 def load_model(config: ModelConfig, model_config: Any) -> Any:
@@ -169,10 +173,12 @@ def load_model(config: ModelConfig, model_config: Any) -> Any:
     logging.set_verbosity_error()  # a table of all weights would come before the one line that names the wrong one
     try:
         with loading(config.model_path):
-            if model_config.model_type == "janus":
-                return choose_threads(NativeJanus(load_native(config.model_path, dtype).to(device).eval()))
-            model = MultiModalityCausalLM.from_pretrained(config.model_path, dtype=dtype)
-            return choose_threads(model.to(device).eval())
+            native = model_config.model_type == "janus"
+            load = load_native if native else MultiModalityCausalLM.from_pretrained
+            model: Any = load(config.model_path, dtype=dtype)
+            check_dtype(model, dtype)
+            model = model.to(device).eval()
+            return choose_threads(NativeJanus(model) if native else model)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -187,6 +193,19 @@ def choose_threads(model: Any) -> Any:
     return model
 
 
+def check_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuses a quantized model that has been unpacked to another dtype, which would stand beside the one asked for.
+
+    Raises:
+        ValueError: A weight that is not packed has another dtype.
+    """
+    found = {weight.dtype for weight in model.parameters() if weight.is_floating_point() and weight.itemsize > 1}
+    if other := sorted(str(each).removeprefix("torch.") for each in found - {dtype}):
+        raise ValueError(
+            f"config.json: quantization_config makes weights of {other[0]} here: give dtype={other[0]}, or take it out"
+        )
+
+
 def load_native(path: str, dtype: torch.dtype) -> Any:
     """transformers' own Janus, except that a missing weight is an error, not a random tensor.
 
@@ -194,11 +213,12 @@ def load_native(path: str, dtype: torch.dtype) -> Any:
         ValueError: A weight is missing or has another shape.
     """
     config: Any = JanusConfig.from_pretrained(path)
-    stored = stored_shapes(path)
+    if (heads := config.vision_config.num_attention_heads) < 1:
+        raise ValueError(f"config.json: vision_config.num_attention_heads must be at least 1, got {heads}")
+    stored = stored_shapes(path, getattr(config, "quantization_config", None) is not None)
     if stored is not None:
         check_depths(native_depths(config), stored)
-        if getattr(config, "quantization_config", None) is None:
-            check_shapes(lambda: JanusForConditionalGeneration(config), stored, path, renamed=True)
+        check_shapes(lambda: JanusForConditionalGeneration(config), stored, path, renamed=True)
     loaded: Any = JanusForConditionalGeneration.from_pretrained(
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from janus.utils.io import load_pil_images
 from janus_dola.config import DoLaConfig
 from janus_dola.exits import generating_model
 from janus_dola.processor import NaNWatch
 from janus_dola.programs.errors import first_line
 from janus_dola.programs.measures import is_right
-from janus_dola.programs.prompts import Prompt, encode_continuations
+from janus_dola.programs.prompts import Prompt, encode_continuations, open_images
 from janus_dola.trace import DoLaTrace, answer_lengths
 from janus_dola.wrapper import DoLaJanusWrapper
 
@@ -142,7 +141,7 @@ def _answer(
     tokenizer, outcomes, good, prepared = processor.tokenizer, [Outcome() for _ in batch], [], []
     for prompt, outcome in zip(batch, outcomes, strict=True):
         try:
-            images = load_pil_images(prompt.turns)
+            images = open_images(prompt.turns, processor)
             prepared.append(processor.process_one(conversations=prompt.turns, images=images))
             good.append((prompt, outcome))
         except ValueError as error:

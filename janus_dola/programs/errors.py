@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what it says, and the second where the first ends with a colon."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def unknown_key(key: str, names: Sequence[str], prefix: str = "") -> str:

@@ -15,7 +15,6 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
 
-from janus.utils.io import load_pil_images
 from janus_dola.programs import checkpoint
 from janus_dola.programs.engine import Task, answer_many, generate_arguments
 from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
@@ -25,6 +24,7 @@ from janus_dola.programs.prompts import (
     Prompt,
     build_conversation,
     encode_continuations,
+    open_images,
     prompt_length,
 )
 
@@ -131,7 +131,7 @@ class JanusDoLa(lmms):
             doc = self.task_dict[task][split][doc_id]
             texts = [text(doc) if callable(text) else text for _, text, *_ in choices]
             turns = self.turns(context, doc_to_visual, doc_id, task, split)
-            inputs = self.processor(conversations=turns, images=load_pil_images(turns))
+            inputs = self.processor(conversations=turns, images=open_images(turns, self.processor))
             inputs = inputs.to(self.model.device, self.model.dtype)
             prompt = self.model.prepare_inputs_embeds(**inputs)  # [1, P, d]
             ids, mask = encode_continuations(tokenizer, [text.lstrip() for text in texts])  # [choices, T]

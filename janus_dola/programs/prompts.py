@@ -15,6 +15,8 @@ import torch
 from PIL.Image import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from janus.utils.io import load_image
+from janus_dola.call import check_length
 from janus_dola.config import DoLaConfig
 from janus_dola.programs.errors import first_line, read_bytes, unknown_key
 from janus_dola.programs.options import ModelConfig, merge
@@ -157,18 +159,6 @@ def longest_token(tokenizer: Any) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
-def check_length(prompt: int, new: int, positions: int, what: str = "new ones (max_new_tokens)") -> None:
-    """Refuses more tokens than the model has positions for: past them answers are noise.
-
-    Raises:
-        ValueError: The prompt's and the new tokens together are more.
-    """
-    if prompt + new > positions:
-        raise ValueError(
-            f"too long: the prompt's {prompt} tokens and {new} {what} are more than the model's {positions} positions"
-        )
-
-
 def _parse(line: bytes) -> dict[str, Any] | ValueError:
     """The object on a line, or what is wrong with it."""
     try:
@@ -225,6 +215,15 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Te
     rows = [torch.tensor(tokenizer.encode(" " + text, add_special_tokens=False)) for text in texts]
     ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows]))
     return ids, mask
+
+
+def open_images(turns: Sequence[Mapping[str, Any]], processor: Any) -> list[Image]:
+    """The images of a conversation, each brought to the model's size before the next one is opened.
+
+    Raises:
+        ValueError: An image is missing or broken.
+    """
+    return [processor.image_processor.fit(load_image(image)) for turn in turns for image in turn["images"]]
 
 
 def build_conversation(
