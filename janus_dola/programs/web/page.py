@@ -58,7 +58,8 @@ class Drawing:
 
 def as_command(config: ModelConfig, conversations: Sequence[Turns]) -> str:
     """The command that prints both answers; one for each where they answer different conversations."""
-    default = read_config(AnswerConfig, [])
+    # The demo is the default even where it is not there, as in a wheel.
+    default = read_config(AnswerConfig, [f"model_path={DEMO_IMAGE.parents[1].resolve() / 'checkpoint'}"])
     keys = {key.name for key in fields(ModelConfig)} - {"use_dola_lm", "generation"}
     given = {key: getattr(config, key) for key in sorted(keys) if getattr(config, key) != getattr(default, key)}
     if "model_path" in given and Path(config.model_path).is_dir():
