@@ -1,7 +1,7 @@
 """Programs on the library: the one place that imports janus.
 
-The console script `janus-dola [answer | calibrate | draw | export | report | web] [config=FILE] key=value ...`, by default
-`answer`.
+The console script `janus-dola [answer | calibrate | draw | export | report | web] [config=FILE] key=value ...`, by
+default `answer`.
 """
 
 import difflib
