@@ -110,6 +110,7 @@ def fails(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Fails:
 
     def fails(run: Callable[[Any], Any], *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        capsys.readouterr()  # of runs before
         with pytest.raises(SystemExit) as exit_:
             run_program(run)
         out, err = capsys.readouterr()

@@ -122,7 +122,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "no text": ('{"question": "\\ud800"}', "not JSON: 'utf-8' codec"),
     "no question": ({"id": "x1"}, "exactly one of question and conversation must be given"),
     "both": (TEXT | {"id": "x2", "conversation": [{"content": "Hi"}]}, "exactly one of question and conversation"),
-    "unknown key": (TEXT | {"id": "x3", "image": "a.png"}, "unknown key 'image', did you mean 'images'?"),
+    "unknown key": (TEXT | {"id": "x3", "imgae": "a.png"}, "unknown key 'imgae', did you mean 'image'?"),
+    "image and images": (TEXT | {"id": "x16", "image": "a.png", "images": ["b.png"]}, "must not both be given"),
     "no image": ({"id": "x4", "question": "Q", "images": ["nowhere.png"]}, "there is no file 'nowhere.png'"),
     "broken image": ({"id": "x5", "question": "Q", "images": [str(CHECKPOINT / "config.json")]}, "is not an image"),
     "tags": ({"id": "x6", "question": "<image_placeholder> Q"}, "got 0 for 1"),
@@ -134,7 +135,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "layer": (TEXT | {"id": "x10", "candidate_layers": [31]}, "must be in 1...30, the model's layers, got 31"),
     "interpolation": (TEXT | {"id": "x11", "alpha": "${oc.env:HOME}"}, "must not use an interpolation"),
     "question's type": ({"id": "x12", "question": 5}, "question must be a string, got 5"),
-    "images' type": ({"id": "x13", "question": "Q", "images": "a.png"}, "images must be a list"),
+    "images' type": ({"id": "x13", "question": "Q", "images": {"a": "b.png"}}, "images must be a list"),
+    "image's type": (
+        {"id": "x17", "question": "Q", "image": 5},
+        "images must be a list of paths or data URLs, got [5]",
+    ),
+    "answer's type": ({"id": "x18", "question": "Q", "answer": True}, "answer must be a string or a number, got True"),
     "conversation's type": ({"id": "x14", "conversation": "Hi"}, "conversation must be a list of turns"),
     "a turn": ({"id": "x15", "conversation": [{"content": 5}]}, "turn 1 must have content"),
 }
@@ -147,7 +153,7 @@ def test_bad_lines_are_errors_and_the_rest_is_answered(tmp_path: Path, capsys: A
     bad = [BAD[name][0] for name in names]
     write(tmp_path / "prompts.jsonl", [good[0], *bad, "", *good[1:]])
     assert answer_program.run(cli_arguments(tmp_path, "batch_size=3")) == 1
-    assert f"{len(BAD)} of {len(BAD) + 3} prompts are errors" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{tmp_path / 'out.jsonl'}: 3 answered, 0 kept, {len(BAD)} errors\n"
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(lines) == len(BAD) + 3
     answers = {line["id"]: line for line in lines if "error" not in line}
@@ -166,6 +172,27 @@ def test_bad_lines_are_errors_and_the_rest_is_answered(tmp_path: Path, capsys: A
     before = (tmp_path / "out.jsonl").read_bytes()
     assert answer_program.run(cli_arguments(tmp_path, "batch_size=2")) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert capsys.readouterr().err.endswith(f"out.jsonl: 0 answered, 3 kept, {len(BAD)} errors\n")
+
+
+def test_a_run_ends_with_one_line(tmp_path: Path, capsys: Any) -> None:
+    """On standard error: what became of the prompts, how many answers are right, and where they are."""
+    lines = [TEXT | {"id": i, "answer": "Paris"} for i in range(3)]
+    write(tmp_path / "prompts.jsonl", lines[:1])
+    answer_program.run(cli_arguments(tmp_path))
+    said = read(tmp_path / "out.jsonl")[0]["text"]
+    assert capsys.readouterr() == ("", f"{tmp_path / 'out.jsonl'}: 1 answered, 0 kept, 0 errors, 0 of 1 right\n")
+    write(tmp_path / "prompts.jsonl", [*lines[:2], lines[2] | {"answer": said}, TEXT, "broken"])
+    answer_program.run(cli_arguments(tmp_path))
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"{tmp_path / 'out.jsonl'}: 3 answered, 1 kept, 1 error, 1 of 3 right"
+
+
+def test_an_output_that_the_system_refuses_is_its_own_words(tmp_path: Path, fails: Fails) -> None:
+    """It was "being written by another run"."""
+    write(tmp_path / "prompts.jsonl", [TEXT])
+    said = fails(answer_program.run, *cli_arguments(tmp_path), "output=/proc/x")
+    assert said.startswith("error: output must name a file that can be written, got '/proc/x': [Errno 2] No such file")
 
 
 def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(tmp_path: Path) -> None:

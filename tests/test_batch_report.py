@@ -64,8 +64,10 @@ def test_a_run_in_progress(tmp_path: Path, capsys: Any) -> None:
     output.write_bytes(b"".join(whole[:2]) + whole[2][:-9])
     settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
     before = output.read_bytes()
+    capsys.readouterr()
     report.run(report_arguments(tmp_path))
     assert output.read_bytes() == before
+    assert capsys.readouterr() == ("", f"{tmp_path / 'again.html'}: 2 answers, 0 errors\n")
     with Results(output, settings):
         report.run(report_arguments(tmp_path))
     assert "2 prompts answered, 2 to come" in (tmp_path / "again.html").read_text(encoding="utf-8")

@@ -125,6 +125,8 @@ def test_marks_and_panels(figures: list[Figure], tmp_path: Path, steps: int, pan
     *axes, bar = figure.axes
     assert len(axes) == panels
     assert bar.get_ylabel() == "JSD(q_N ‖ q_j), nats"
+    size = bar.get_window_extent()
+    assert size.height > 5 * size.width and size.width < 30  # it grew with the panels, to a square of colors
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "M, the layer chosen",
         "the final layer alone would differ",

@@ -123,7 +123,17 @@ def test_defaults_answer_the_demo_question(capsys: Any, monkeypatch: pytest.Monk
 
 
 def test_stream(capsys: Any) -> None:
-    assert answer(capsys, "stream=true").strip() == answer(capsys)
+    """What is printed without it; it began with a space, and came twice with compare."""
+    assert answer(capsys, "stream=true") == answer(capsys)
+    both = [re.sub(r"0\.\d+ sec", "", answer(capsys, "compare=true", *more)) for more in ([], ["stream=true"])]
+    assert both[0] == both[1]
+
+
+def test_integers_where_generate_takes_floats(capsys: Any) -> None:
+    """A temperature of 2 was refused."""
+    draw = ["generation.do_sample=true", "generation.max_new_tokens=12"]
+    for key in ("temperature", "repetition_penalty"):
+        assert answer(capsys, *draw, f"generation.{key}=2") == answer(capsys, *draw, f"generation.{key}=2.0")
 
 
 def test_compare_and_trace(capsys: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from conftest import CHECKPOINT, Fails
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, programs
-from janus_dola.programs import answer, calibrate, export, report
+from janus_dola.programs import answer, calibrate, export, options, report
 from janus_dola.programs.options import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4",
         (
             answer.run,
             [
-                "programs: answer, calibrate, export, report, web",
+                "programs: answer, calibrate, draw, export, report, web",
                 "bucket_id: 2  ",
                 "# 0, 1, 2: candidates",
                 "prompts: null",
@@ -104,6 +104,18 @@ def test_without_the_demo_there_must_be_a_question(
     assert "model_path" in fails(answer.run, "question=What?", "model_path=../demo/nowhere")
 
 
+def test_without_the_demo_a_model_must_be_given(fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a wheel: it asked for a question, or named a folder that nobody had typed."""
+    (tmp_path / "configs").mkdir()
+    default = tmp_path / "configs" / "default.yaml"
+    default.write_text(options.DEFAULT.read_text())
+    monkeypatch.setattr(options, "DEFAULT", default)
+    monkeypatch.setattr(options.read_config, "__defaults__", (default,))
+    for given in ((), ("image=x.png", "question=What?"), ("prompts=a", "output=b")):
+        assert fails(answer.run, *given) == f"error: {options.NO_MODEL}\n"
+    assert fails(calibrate.run, "data=x") == f"error: {options.NO_MODEL}\n"
+
+
 def test_the_wheel(tmp_path: Path) -> None:
     """Installed into a fresh environment, it answers the demo's question from another folder."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -136,6 +148,8 @@ def test_the_wheel(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == question["answer"]
+    done = subprocess.run([scripts / "janus-dola"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {options.NO_MODEL}\n")
 
 
 @pytest.fixture
@@ -202,9 +216,9 @@ def janus_dola(*arguments: str, **how: Any) -> subprocess.Popen[str]:
             "nonsense",
             2,
             "",
-            r"error: .* got 'nonsense'; programs are answer, calibrate, export, report, web; --help .*\n",
+            r"error: .* got 'nonsense'; programs are answer, calibrate, draw, export, report, web; --help .*\n",
         ),
-        ("help", 0, r"(?s)Asks a Janus model.*\nprograms: answer, calibrate, export, report, web.*", ""),
+        ("help", 0, r"(?s)Asks a Janus model.*\nprograms: answer, calibrate, draw, export, report, web.*", ""),
     ],
 )
 def test_words_that_are_no_keys(argument: str, code: int, out: str, err: str) -> None:

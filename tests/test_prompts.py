@@ -44,6 +44,30 @@ def test_an_id_like_another_lines_name_loses_no_line(read: Any) -> None:
     assert errors["line 4"] == "id must be of one line alone, got 'line 2' on line 4 and on line 1"
 
 
+def test_lines_as_people_have_them(read: Any) -> None:
+    """One picture by itself, roles of OpenAI's, and numbers as answers."""
+    asked = {"question": "How many?", "images": ["a.png"], "answer": "5"}
+    turns = [{"role": "<|User|>", "content": "Hi", "images": []}, {"role": "<|Assistant|>", "content": "Hello"}]
+    turns.append({"role": "<|User|>", "content": "<image_placeholder> What?", "images": ["a.png"]})
+    own = [turn | {"role": role} for turn, role in zip(turns, ("user", "assistant", "user"), strict=True)]
+    own[2]["images"] = "a.png"
+    pairs = [
+        ({"question": "How many?", "image": "a.png", "answer": "5"}, asked),
+        ({"question": "How many?", "images": "a.png", "answer": 5}, asked),
+        (asked | {"answer": 2.5}, asked | {"answer": "2.5"}),
+        ({"question": "Which?", "image": "a.png", "choices": ["a", "b"], "answer": 1},
+         {"question": "Which?", "images": ["a.png"], "choices": ["a", "b"], "answer": 1}),
+        ({"question": "Why?", "image": None}, TEXT),
+        ({"conversation": own}, {"conversation": turns}),
+    ]  # fmt: skip
+    good, errors = read([line for pair in pairs for line in pair])
+    assert errors == {}
+    prompts = list(good.values())
+    for ours, theirs in zip(prompts[::2], prompts[1::2], strict=True):
+        assert (ours.turns, ours.form, ours.answer) == (theirs.turns, theirs.form, theirs.answer)
+        assert ours.fingerprint == theirs.fingerprint
+
+
 @pytest.mark.parametrize("key", ["alpha", "candidate_layers", "bucket_id"])
 def test_a_deep_or_missing_value_is_the_lines_error(read: Any, key: str) -> None:
     """A deep one ended the run with a traceback, and the mark of a missing value was taken for the default."""

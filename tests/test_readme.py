@@ -230,6 +230,8 @@ def test_the_commands_of_docs_run(name: str, here: Path, capsys: Any, monkeypatc
         small: tuple[str, ...] = SMALL
         if arguments[0] in ("report", "--help"):
             small = ()
+        elif arguments[0] == "draw":
+            small = SMALL[:2]
         elif arguments[0] == "export":
             small = SMALL[:1] if "config=" in line else ()
         type_it(line, monkeypatch, *small)

@@ -1,7 +1,7 @@
 """Programs on the library: the one place that imports janus.
 
-The console script `janus-dola [answer | calibrate | export | report | web] [config=FILE] key=value ...`, by default
-`answer`.
+The console script `janus-dola [answer | calibrate | draw | export | report | web] [config=FILE] key=value ...`, by
+default `answer`.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-PROGRAMS = ("answer", "calibrate", "export", "report", "web")
+PROGRAMS = ("answer", "calibrate", "draw", "export", "report", "web")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from janus_dola.programs.runs import RUN_KEYS, answer_file
 from janus_dola.trace import DoLaTrace
 from janus_dola.wrapper import DoLaJanusWrapper
 
+LABELS = ("DoLa off", "DoLa on")
 DEMO_IMAGE, DEMO_QUESTION = CONFIGS.parent / "demo" / "images" / "scene.png", "Describe the image."
 
 
@@ -66,6 +67,19 @@ class AnswerConfig(ManyConfig):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
 
 
+class Printer(TextStreamer):
+    """Prints an answer as it comes, and as it is printed otherwise: without white space around it."""
+
+    space: str | None = None  # held back until there is text after it; None before the first text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text.lstrip() if self.space is None else self.space + text
+        shown = text.rstrip()
+        if shown or self.space is not None:
+            self.space = text.removeprefix(shown)
+        print(shown, end="\n" if stream_end else "", flush=True)
+
+
 class Compare(Task):
     """DoLa off as well, last, where a prompt's own configuration has DoLa on: the line's "text_baseline"."""
 
@@ -90,9 +104,7 @@ def run(argv: Sequence[str]) -> int:
     prompts, lines = answer_file(config, task, settings, "prompts", config.output)
     if config.report is not None:
         write_report(config.report, config.output, prompts)
-    if failed := sum("error" in line for line in lines.values()):
-        print(f"{failed} of {len(lines)} prompts are errors in {config.output}", file=sys.stderr)
-    return 1 if failed else 0
+    return int(any("error" in line for line in lines.values()))
 
 
 def answer_one(config: AnswerConfig, configs: Sequence[str]) -> None:
@@ -130,8 +142,10 @@ def answer_one(config: AnswerConfig, configs: Sequence[str]) -> None:
     for use_dola_lm in (False, True) if config.compare else (config.use_dola_lm,):
         model.config.use_dola_lm = use_dola_lm
         trace = DoLaTrace() if use_dola_lm and (config.compare or config.trace) else None
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if config.stream else None
+        streamer = Printer(tokenizer, skip_special_tokens=True) if config.stream else None
         torch.manual_seed(config.seed)
+        if config.compare and config.stream:
+            print(f"{LABELS[use_dola_lm]:<10}", end="", flush=True)
         start = time.perf_counter()
         answers = generate_answers(model.generate, arguments | {"streamer": streamer}, [model.config], trace)
         seconds = time.perf_counter() - start
@@ -140,12 +154,15 @@ def answer_one(config: AnswerConfig, configs: Sequence[str]) -> None:
             raise ValueError(first.error)
         if len(answers) < beams:
             print(f"{len(answers)} of {beams} beams: V_head leaves no more (alpha={config.alpha:g})", file=sys.stderr)
-        if config.compare:
+        speed = f"({first.tokens} tokens, {seconds / first.tokens:.4f} seconds per token)"
+        if config.compare and config.stream:
+            print(f"{'':<10}{speed}")
+        elif config.compare:
             compared.append([answer.text for answer in answers])
-            speeds.append(f"({first.tokens} tokens, {seconds / first.tokens:.4f} seconds per token)")
+            speeds.append(speed)
         elif not config.stream:
             print(*(answer.text for answer in answers), sep="\n")
-    if config.compare:
+    if compared:
         print_comparison(compared, speeds)
     if trace is not None and config.compare:
         print(f"{'layers':<10}{' '.join(map(str, first.layers or ()))}")
@@ -165,6 +182,6 @@ def print_comparison(compared: list[list[str]], speeds: list[str]) -> None:
             ["".join(color.format(text) if differs else text for text, differs in parts) for parts in side]
             for color, side in zip((red, green), pairs, strict=True)
         ]
-    for label, answers, speed in zip(("DoLa off", "DoLa on"), shown, speeds, strict=True):
+    for label, answers, speed in zip(LABELS, shown, speeds, strict=True):
         print(*(f"{label:<10}{answer}" for answer in answers), sep="\n")
         print(f"{'':<10}{speed}")

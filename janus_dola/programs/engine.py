@@ -119,9 +119,7 @@ def answer_many(
                 try:
                     outcomes = _answer(model, processor, batch, task, generation, seed)
                 except (RuntimeError, MemoryError) as error:
-                    # On the CPU, PyTorch raises a plain RuntimeError.
-                    out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                    if not out and "can't allocate memory" not in str(error):
+                    if not is_out_of_memory(error):
                         raise
                     outcomes = [Outcome(f"out of memory ({first_line(error)})")]
                 if len(outcomes) < len(batch):  # past the handler, so that nothing holds the memory that it took
@@ -132,6 +130,11 @@ def answer_many(
                 yield from zip(batch, outcomes, strict=True)
             progress.update(len(batch))
             rest = rest[len(batch) :]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # On the CPU, PyTorch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,6 +107,9 @@ def run(argv: Sequence[str]) -> None:
                 f"out must name a folder that does not exist yet, got {config.out!r}, made during this run"
             )
         partial.rename(out)
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+        what = "transformers' Janus, whose generate is DoLa" if config.model_path else "DoLa for custom_generate"
+        print(f"{out}: {what}, {size:.1f} MB", file=sys.stderr)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own where the disk is full
         raise ValueError(f"out: {config.out!r} was not written: {first_line(error)}") from error
     finally:

@@ -22,6 +22,7 @@ BATCH: Refused = UNSUPPORTED | {
 PAGE: Refused = dict.fromkeys(("num_beams", "num_return_sequences"), ((None, 1), "it shows one answer as it comes"))
 # What transformers would find out too late: in the last step, when the first row ends, or by dividing by it.
 POSITIVE = ("max_new_tokens", "num_beams", "num_return_sequences")
+FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty")  # refused as integers
 TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 
 
@@ -41,8 +42,11 @@ def refuse(generation: Mapping[str, Any], table: Refused, must: str) -> None:
             raise ValueError(f"generation.{name} must be {must}, got {value!r}: {why}")
 
 
-def check_generation(generation: Mapping[str, Any]) -> None:
+def check_generation(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses what `generate` does not take.
+
+    Returns:
+        The arguments, with a float in place of an integer where `generate` takes floats alone.
 
     Raises:
         ValueError: A key is unknown, or its value is of another type or out of range.
@@ -58,6 +62,8 @@ def check_generation(generation: Mapping[str, Any]) -> None:
         GenerationConfig(**generation)
     except TypeError as error:
         raise ValueError(f"generation: {first_line(error)}, got {dict(generation)}") from error
+    floats = {key: float(value) for key in FLOATS if type(value := generation.get(key)) is int}
+    return {**generation, **floats}
 
 
 def check_token_ids(generation: Mapping[str, Any], vocab_size: int) -> None:

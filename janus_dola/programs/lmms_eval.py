@@ -67,8 +67,7 @@ class JanusDoLa(lmms):
         seen: Counter[str] = Counter()
         for group in groups.values():
             given = requests[group[0]].args[1]
-            generation = self.arguments(given)
-            check_generation(generation)
+            generation = check_generation(self.arguments(given))
             refuse(generation, BATCH, "left off in a batch run")
             until = as_list(given.get("until") or [])
             for start in range(0, len(group), WINDOW * self.batch_size):

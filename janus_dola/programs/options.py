@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+NO_MODEL = "model_path must be given: model_path=deepseek-ai/Janus-Pro-1B, another name on the hub, or a folder"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # In a wheel the package has the configs; in a checkout they lie beside it.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
@@ -63,7 +64,7 @@ class ModelConfig(DoLaConfig):
             raise ValueError(f"roles must be two names, user and assistant, got {self.roles}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {self.seed}")
-        check_generation(self.generation)
+        self.generation = check_generation(self.generation)
 
     def dola(self) -> DoLaConfig:
         return DoLaConfig(**{key.name: getattr(self, key.name) for key in fields(DoLaConfig)})
@@ -111,7 +112,7 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
         default: A file with defaults. Keys of default.yaml that the schema does not have are those of other programs.
 
     Raises:
-        ValueError: A file is missing or broken, a key is unknown, or a value is wrong.
+        ValueError: A file is missing or broken, a key is unknown, a value is wrong, or there is no model.
     """
     asks_for_help = {"--help", "-h"} & set(argv)
     # Text is kept away from OmegaConf: "Is it red: yes?" is YAML for a dict, and "${x}" an interpolation.
@@ -154,6 +155,8 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
         }
         print(usage(schema, values, origins | typed))
         sys.exit()
+    if default is not None and not values.get("model_path", "none"):
+        raise ValueError(NO_MODEL)
     return schema(**values)
 
 
@@ -260,6 +263,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     keys = {str(key): value for key, value in loaded.items()}
     if isinstance(keys.get("model_path"), str) and (path.parent / keys["model_path"]).is_dir():
         keys["model_path"] = str((path.parent / keys["model_path"]).resolve())
+    elif path == DEFAULT:  # a wheel has no demo
+        keys["model_path"] = ""
     return keys
 
 

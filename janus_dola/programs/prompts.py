@@ -22,10 +22,11 @@ from janus_dola.programs.errors import first_line, read_bytes, unknown_key
 from janus_dola.programs.options import ModelConfig, merge
 
 IMAGE_TAG = "<image_placeholder>"
+USUAL_ROLES = ("user", "assistant")  # what people's files call a model's `roles`
 DOLA_KEYS = tuple(key.name for key in fields(DoLaConfig))
 # What a line with an answer has beside the keys of any line, by form. POPE's images are named by file.
 FORMS = {"choices": {"question", "choices", "answer"}, "pope": {"text", "label"}, "answer": {"question", "answer"}}
-KEYS = ("id", "images", "question", "conversation", *DOLA_KEYS, "answer", "choices")
+KEYS = ("id", "images", "image", "question", "conversation", *DOLA_KEYS, "answer", "choices")
 POPE_KEYS = ("id", "question_id", "image", "text", "label", "category", *DOLA_KEYS)
 
 
@@ -73,9 +74,9 @@ def read_prompts(
 
     Args:
         config: The run's. A line's own DoLa keys win over it.
-        path: JSON lines, each with `question` and, if it has some, `images`, or with `conversation`; or POPE's `text`
-            and `image`. Optionally with `id`, with keys of `DoLaConfig`, and with `answer`, with `choices` and one's
-            index as `answer`, or with POPE's `label`. Empty lines do not count.
+        path: JSON lines, each with `question` and, if it has some, `images` or one `image`, or with `conversation`; or
+            POPE's `text` and `image`. Optionally with `id`, with keys of `DoLaConfig`, and with `answer`, with
+            `choices` and one's index as `answer`, or with POPE's `label`. Empty lines do not count.
         processor: The checkpoint's.
         model_config: The checkpoint's; it limits layers and positions.
         key: What errors call the file.
@@ -170,7 +171,7 @@ def _parse(line: bytes) -> dict[str, Any] | ValueError:
 
 
 def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, tuple[str, ...], str | None]:
-    """Form, answer, choices and category of a line; a POPE line gets the keys of other lines."""
+    """Form, answer, choices, category. `images` stands for `image` afterwards, and for POPE's `text` `question`."""
     form = next((form for form, keys in FORMS.items() if keys <= given.keys()), None)
     for key in given:
         if key not in (allowed := POPE_KEYS if form == "pope" else KEYS):
@@ -193,8 +194,15 @@ def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, 
             raise ValueError(f"choices must be a list of at least two strings, got {choices!r}")
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise ValueError(f"answer must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
-    elif form == "answer" and not (isinstance(answer, str) and answer.strip()):
-        raise ValueError(f"answer must be a string, got {answer!r}")
+    elif form == "answer":
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = str(answer)
+        if not (isinstance(answer, str) and answer.strip()):
+            raise ValueError(f"answer must be a string or a number, got {answer!r}")
+    if form != "pope" and given.get("image") is not None:
+        if given.get("images"):
+            raise ValueError(f"image and images must not both be given, got {given['image']!r} and {given['images']!r}")
+        given["images"] = [given["image"]]
     return form, answer, tuple(choices or ()), given.get("category")
 
 
@@ -239,6 +247,7 @@ def build_conversation(
         question: One question; image tags are put in front of it unless it has some.
         images: Paths, data URLs or PIL images, for `question`.
         conversation: Instead of `question`: turns with `content`, the user's first, and optional `role` and `images`.
+            A role is one of `roles`, or user or assistant, which stand for them.
 
     Raises:
         ValueError: Both or none of `question` and `conversation`, an empty turn, or images not as many as image tags.
@@ -251,16 +260,16 @@ def build_conversation(
         raise ValueError(
             f"exactly one of question and conversation must be given, got {question!r} and {conversation!r}"
         )
-    check_images("images", images)
+    images = check_images("images", images)
     if conversation:
         if images:
-            raise ValueError(f"images go into the turns of a conversation, got {list(images)} beside it")
+            raise ValueError(f"images go into the turns of a conversation, got {images} beside it")
         turns = [check_turn(i, turn, roles) for i, turn in enumerate(conversation)]
     else:
         if not (question or "").strip():
             raise ValueError(f"question must not be empty, got {question!r}")
         text = question if IMAGE_TAG in question else f"{IMAGE_TAG}\n" * len(images) + question  # type: ignore[operator]
-        turns = [{"role": roles[0], "content": text, "images": list(images)}]
+        turns = [{"role": roles[0], "content": text, "images": images}]
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in turns)
     given = sum(len(turn["images"]) for turn in turns)
     if tags != given:
@@ -270,9 +279,12 @@ def build_conversation(
     return turns
 
 
-def check_images(name: str, images: Any) -> None:
-    if not isinstance(images, (list, tuple)) or not all(isinstance(image, (str, Image)) for image in images):
+def check_images(name: str, images: Any) -> list[str | Image]:
+    """The list of them, of which a single path may stand for one."""
+    found = [images] if isinstance(images, str) else images
+    if not isinstance(found, (list, tuple)) or not all(isinstance(image, (str, Image)) for image in found):
         raise ValueError(f"{name} must be a list of paths or data URLs, got {images!r}")
+    return list(found)
 
 
 def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
@@ -282,9 +294,12 @@ def check_turn(index: int, turn: Any, roles: Sequence[str]) -> dict[str, Any]:
     if unknown := sorted(map(str, turn.keys() - {"role", "content", "images"})):
         raise ValueError(f"conversation: {where} has unknown keys {unknown}, allowed are role, content, images")
     role, images = turn.get("role", roles[index % 2]), turn.get("images") or []
+    if role not in roles and role in USUAL_ROLES:
+        role = roles[USUAL_ROLES.index(role)]
     if role not in roles:
-        raise ValueError(f"conversation: role of {where} must be one of {list(roles)}, got {role!r}")
-    check_images(f"conversation: images of {where}", images)
+        allowed = " and ".join(USUAL_ROLES)
+        raise ValueError(f"conversation: role of {where} must be one of {list(roles)}, or {allowed}, got {role!r}")
+    images = check_images(f"conversation: images of {where}", images)
     if not turn["content"].strip() and role == roles[0]:
         raise ValueError(f"conversation: {where} must not be empty, got {turn['content']!r}")
     return {"role": role, "content": turn["content"], "images": images}

@@ -7,11 +7,14 @@ import json
 import logging
 import math
 import os
+import re
+import socket
 import sys
+import tempfile
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -57,17 +60,46 @@ class Worker:
 
 
 @contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Without what is written to the standard error stream past Python."""
+def held_stderr() -> Iterator[IO[bytes]]:
+    """A file that has what is written to the standard error stream meanwhile, also past Python."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.dup2(file.fileno(), 2)
+            yield file
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def check_address(address: str) -> None:
+    """Refuses HOST:PORT where nobody listens: Ray would look for it for minutes, and end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # auto, local
+        return
     try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"RAY_ADDRESS must be the address of a running cluster, got {address!r}: {error}") from error
+
+
+def start_ray(address: str) -> None:
+    """Connects to the cluster of an address, or starts one where it is "local"."""
+    import ray
+
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    check_address(address)
+    with held_stderr() as said:
+        try:
+            ray.init(address, **quiet)
+        except (
+            Exception
+        ) as error:  # Ray has errors of its own; the reason, such as a token, it may write on stderr alone
+            said.seek(0)
+            lines = re.findall(r"^\[.*?\] [\w.]+:\d+: (.*)", said.read().decode(errors="replace"), re.M)
+            reason = f" ({lines[-1]})" if lines else ""
+            raise ValueError(f"RAY_ADDRESS {address!r} cannot be used: {error}{reason}") from error
 
 
 def answer_with_workers(
@@ -99,9 +131,7 @@ def answer_with_workers(
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # this it says itself, on file descriptor 2
-        with silent_stderr():
-            quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-            ray.init(os.environ.get("RAY_ADDRESS", "local"), **quiet)
+        start_ray(os.environ.get("RAY_ADDRESS", "local"))
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         resources, workers = ray.cluster_resources(), min(config.workers, len(rows))

@@ -7,6 +7,7 @@ A run makes it when it ends, with report=REPORT.html; this makes it of answers t
 
 import base64
 import io
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts: Sequence[Prompt]) -> None:
-    """Writes the page.
+    """Writes the page, and says so in a line on stderr.
 
     Args:
         path: Where to.
@@ -90,15 +91,16 @@ def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts
     changed = np.array([is_changed(line) for _, line in done], dtype=float)
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    counts = {
+        "all": len(answered) + len(bad),
+        "changed": int(changed.sum()),
+        "error": len(answered) - len(done) + len(bad),
+    }
     page.get_template("report.html").stream(
         title=output,
         settings=settings,
         compare=settings["compare"],
-        counts={
-            "all": len(answered) + len(bad),
-            "changed": int(changed.sum()),
-            "error": len(answered) - len(done) + len(bad),
-        },
+        counts=counts,
         waiting=len(prompts) - len(answered),
         answered=len(done),
         changed_interval=interval(changed) if done else None,
@@ -107,6 +109,8 @@ def write_report(path: str | PathLike[str], output: str | PathLike[str], prompts
         layers=sorted({layer for _, line in done for layer in line["layers"] or ()}),
         rows=rows(answered, bad, settings),
     ).dump(str(path), encoding="utf-8")
+    says = f"{counts['changed']} changed by DoLa, " if settings["compare"] else ""
+    print(f"{path}: {len(done)} answers, {says}{counts['error']} errors", file=sys.stderr)
 
 
 def is_of(prompt: Prompt, lines: Mapping[str | int, Mapping[str, Any]]) -> bool:

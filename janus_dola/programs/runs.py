@@ -1,7 +1,7 @@
 """A file of prompts to a file of results, which survives a kill."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
@@ -90,7 +90,16 @@ def answer_file(
                 for line in lines_of(task, answers):
                     results.write([line if "error" in line else line | {"prompt": prints[line["id"]]}])
                     check(line)
-        return prompts, {name: results.lines[name] for name in names}
+        lines = {name: results.lines[name] for name in names}
+        print(f"{output}: {summary(lines.values(), len(done))}", file=sys.stderr)
+        return prompts, lines
+
+
+def summary(lines: Collection[Mapping[str, Any]], kept: int) -> str:
+    """What became of a run, in a line; `kept` answers are of a run before."""
+    errors, judged = sum("error" in line for line in lines), [line["correct"] for line in lines if "correct" in line]
+    parts = [f"{len(lines) - errors - kept} answered", f"{kept} kept", _counted(errors, "error")]
+    return ", ".join(parts + [f"{sum(judged)} of {len(judged)} right"] * bool(judged))
 
 
 def _counted(n: int, thing: str) -> str:

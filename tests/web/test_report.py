@@ -169,6 +169,14 @@ def test_light_and_dark_and_on_a_phone(browser: Any, run: Any) -> None:
         page = context.new_page()
         page.goto(run[0].as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing to scroll sideways
+        # The totals are all in the first look, each figure with its name: "against off" lay to the right.
+        cells = page.locator("#totals tr:last-child td")
+        names = cells.evaluate_all("all => all.map(each => getComputedStyle(each, '::before').content)")
+        assert names == [
+            f'"{name}"' for name in ("questions", "right, %", "95 %", "against off", "95 %", "gained", "lost")
+        ]
+        for place in [cell.bounding_box() for cell in cells.all()]:
+            assert place["x"] >= 0 and place["x"] + place["width"] <= 360 and place["y"] + place["height"] <= 740
         boxes = [side.bounding_box() for side in page.locator("article").first.locator(".answers > div").all()]
         assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"] and boxes[0]["x"] == boxes[1]["x"]
         colours = page.evaluate(

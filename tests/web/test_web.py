@@ -27,6 +27,7 @@ from PIL import Image
 from janus.image_generation import build_prompt, generate_images
 from janus_dola import DoLaConfig, DoLaTrace
 from janus_dola.programs import answer, checkpoint, web
+from janus_dola.programs.differences import differences
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import build_conversation
 from janus_dola.programs.web.side_by_side import answer_both
@@ -120,7 +121,7 @@ def cli(capsys: Any, *argv: str) -> list[str]:
 
 def texts(result: Any) -> list[str]:
     """The last answers with DoLa off and on, of what /ask returned."""
-    return [messages[-1]["content"][0]["text"] for messages in result[:2]]
+    return [re.sub("</?mark>", "", messages[-1]["content"][0]["text"]) for messages in result[:2]]
 
 
 def message(text: str, *pictures: Path) -> dict[str, Any]:
@@ -134,6 +135,9 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
     first = shown(page)
     assert first == cli(capsys, *asked) and first[0] != first[1]
     assert page.locator("#off img").get_attribute("src").endswith("/habit.png")
+    for way, parts in zip(("off", "on"), differences(*first), strict=True):
+        assert page.locator(f"#{way} mark").all_text_contents() == [text for text, differs in parts if differs] != []
+    assert page.locator("#about a").get_attribute("href") == "https://arxiv.org/abs/2309.03883"
 
     config = read_config(answer.AnswerConfig, asked)
     model, processor = checkpoint.load(config)
@@ -183,6 +187,12 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
 
 def test_an_example_and_a_conversation_that_goes_on(url: str, open_page: Any, capsys: Any) -> None:
     page = open_page(url, color_scheme="dark")
+    assert "invert" in page.locator("#heat").evaluate("""all => {
+        all.append(document.createElement('img'))
+        const found = getComputedStyle(all.lastChild).filter
+        all.lastChild.remove()
+        return found
+    }""")
     page.get_by_text("lower: 2, 4, 6, 8, 10").click()
     page.get_by_text("Describe the picture.").click()
     page.wait_for_function("() => document.querySelector('#question textarea').value")
@@ -227,6 +237,11 @@ def test_on_a_phone(url: str, open_page: Any) -> None:
     (send or page.locator("#question .submit-button")).tap()
     token = page.locator("#tokens .token.changed").first
     token.wait_for()
+    seen = page.locator("#off").evaluate("""all => {  // above its answer, not scrolled away
+        const [place, picture] = [all, all.querySelector('img')].map(each => each.getBoundingClientRect())
+        return picture.height > 20 && picture.top >= place.top && picture.bottom <= place.bottom
+    }""")
+    assert seen
     token.tap()
     about = token.locator(".about")
     about.wait_for()
@@ -242,7 +257,7 @@ def test_the_api_answers_as_the_command_line(url: str, capsys: Any) -> None:
     for question, pictures, how in (
         (DESCRIBE, [IMAGES / "wide.png"], {}),
         (text, two, {"alpha": 0.3, "layers": [5, 17], "length": 12, "penalty": 1.3}),
-        (text, [], {"temperature": 1.5, "top_p": 0.9, "seed": 7, "bucket_id": 0}),
+        (text, [], {"temperature": 2, "top_p": 0.9, "seed": 7, "bucket_id": 0}),  # an integer, as the slider's end is
         (text, [IMAGES / "one.png"], {"temperature": 1.0, "length": 20, "seed": 8, "layers": [30]}),
         (text, two, {"method": "sled", "alpha": 0.3, "length": 12}),
     ):

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -86,7 +87,7 @@ def test_the_lines_are_those_of_one_process(
     monkeypatch.setattr(ray_workers, "tqdm", lambda **how: tqdm(**how | {"file": bar, "disable": False}))
     capfd.readouterr()
     assert answer.run(cli_arguments(tmp_path, *more, "workers=2")) == 1
-    assert capfd.readouterr() == ("", f"2 of 21 prompts are errors in {tmp_path / 'out.jsonl'}\n")
+    assert capfd.readouterr() == ("", f"{tmp_path / 'out.jsonl'}: 19 answered, 0 kept, 2 errors, 0 of 1 right\n")
     assert read(tmp_path / "out.jsonl") == want and len(want) == 21
     assert "there is no file 'images/nowhere.png'" in want["gone"]["error"]
     assert "| 20/20 [" in bar.getvalue() and "| 0/20 [" in bar.getvalue()
@@ -138,6 +139,26 @@ def test_what_is_wrong_in_an_actor_is_one_line(tmp_path: Path, cluster: None, fa
     assert fails(answer.run, *cli_arguments(tmp_path, "workers=-1")) == "error: workers must be at least 0, got -1\n"
 
 
+def test_a_cluster_that_cannot_be_used_is_one_line(tmp_path: Path, cluster: None) -> None:
+    """A dead address gave nothing for minutes; of a wrong token nothing said that it was one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=f"RAY_ADDRESS must .* running cluster, got '{dead}': .*Connection refused"
+        ):
+            ray_workers.check_address(dead)
+    for other in ("auto", "local", ray.get_runtime_context().gcs_address):
+        ray_workers.check_address(other)
+    write(tmp_path / "prompts.jsonl", [TEXT])
+    command = [sys.executable, ROOT / "inference_dola.py", *cli_arguments(tmp_path, "workers=1")]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | address | token, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "error: RAY_ADDRESS '" in done.stderr and "Authentication token is missing or incorrect" in done.stderr
+
+
 def test_a_driver_that_is_killed_and_started_again_loses_no_line(tmp_path: Path) -> None:
     write(tmp_path / "prompts.jsonl", QUESTIONS)
     command = [sys.executable, ROOT / "inference_dola.py", *cli_arguments(tmp_path, "batch_size=2", "workers=2")]
@@ -153,6 +174,8 @@ def test_a_driver_that_is_killed_and_started_again_loses_no_line(tmp_path: Path)
         wait_for(lambda: lines_in(tmp_path / "out.jsonl") > before)
         actors(driver.pid)[0].kill()
         out, err = driver.communicate(timeout=60)
-    said = f"{tmp_path / 'out.jsonl'}: {before} answers kept, {len(QUESTIONS) - before} prompts to answer\n"
+    left = len(QUESTIONS) - before
+    said = f"{tmp_path / 'out.jsonl'}: {before} answers kept, {left} prompts to answer\n"
+    said += f"{tmp_path / 'out.jsonl'}: {left} answered, {before} kept, 0 errors\n"
     assert (err, driver.returncode) == (said, 0) and "A worker died or was killed" in out
     assert read(tmp_path / "out.jsonl") == one_process(tmp_path, "batch_size=2")

@@ -24,6 +24,7 @@ from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.exits import generating_model
 from janus_dola.methods import METHODS
 from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION, AnswerConfig
+from janus_dola.programs.differences import Parts, differences
 from janus_dola.programs.errors import first_line
 from janus_dola.programs.options import ModelConfig, read_config
 from janus_dola.programs.prompts import IMAGE_TAG, build_conversation, prompt_length
@@ -32,6 +33,10 @@ from janus_dola.programs.web.token_view import token_view
 from janus_dola.trace import DoLaTrace
 from janus_dola.wrapper import DoLaJanusWrapper
 
+ABOUT = (
+    "[DoLa](https://arxiv.org/abs/2309.03883) contrasts the final layer with an earlier one, M, at each token. "
+    "α, bucket, layers and method are its controls; the others say how a token is drawn."
+)
 EMPTY: dict[str, Any] = {"text": "", "files": []}
 PICTURES = 5  # of text to image, as on the published page
 ERRORS = (ValueError, RuntimeError, MemoryError, OSError)  # what a user, or the size of the machine, may cause
@@ -58,7 +63,8 @@ class Drawing:
 
 def as_command(config: ModelConfig, conversations: Sequence[Turns]) -> str:
     """The command that prints both answers; one for each where they answer different conversations."""
-    default = read_config(AnswerConfig, [])
+    # The demo is the default even where it is not there, as in a wheel.
+    default = read_config(AnswerConfig, [f"model_path={DEMO_IMAGE.parents[1].resolve() / 'checkpoint'}"])
     keys = {key.name for key in fields(ModelConfig)} - {"use_dola_lm", "generation"}
     given = {key: getattr(config, key) for key in sorted(keys) if getattr(config, key) != getattr(default, key)}
     if "model_path" in given and Path(config.model_path).is_dir():
@@ -82,14 +88,15 @@ def as_command(config: ModelConfig, conversations: Sequence[Turns]) -> str:
     return f"{line(off, **given, use_dola_lm=False)}\n{line(on, **given, use_dola_lm=True)}"
 
 
-def as_messages(turns: Turns) -> list[dict[str, Any]]:
-    """A conversation as `gradio.Chatbot` has it."""
+def as_messages(turns: Turns, said: Sequence[Parts]) -> list[dict[str, Any]]:
+    """A conversation as `gradio.Chatbot` has it; what its turns say in parts, of which those that differ are marked."""
     messages: list[dict[str, Any]] = []
-    for index, turn in enumerate(turns):
+    for index, (turn, parts) in enumerate(zip(turns, said, strict=True)):
         role = "assistant" if index % 2 else "user"
         messages += [{"role": role, "content": {"path": path}} for path in turn["images"]]
-        text = turn["content"].replace(IMAGE_TAG, "").strip()
-        messages.append({"role": role, "content": escape(text, quote=False)})  # the page takes it for HTML
+        escaped = [(escape(text, quote=False), differs) for text, differs in parts]  # the page takes it for HTML
+        html = "".join(f"<mark>{text}</mark>" if differs else text for text, differs in escaped)
+        messages.append({"role": role, "content": html})
     return messages
 
 
@@ -139,7 +146,7 @@ class Page:
         self.events: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
         with gr.Blocks(title="Janus + DoLa", analytics_enabled=False) as self.blocks:
             name = "/".join(Path(config.model_path).parts[-2:])
-            gr.Markdown(f"### Janus + DoLa · {name}, {model.num_layers} layers")
+            gr.Markdown(f"### Janus + DoLa · {name}, {model.num_layers} layers\n{ABOUT}", elem_id="about")
             with gr.Tab("Ask") if text_to_image else nullcontext():
                 self.ask_tab()
             if text_to_image:
@@ -268,11 +275,11 @@ class Page:
                 check_picture(path)
             for turns in conversations:
                 self.check_length(prompt_length(turns, self.processor), length)
-            yield {self.box: EMPTY} | self.shown(conversations)
+            yield {self.box: EMPTY} | self.shown(conversations, coming=True)
             with closing(answer_both(self.model, self.processor, asked, conversations)) as answers:
                 for texts, trace in answers:  # noqa: B007
                     after = [[*c[:-1], c[-1] | {"content": text}] for c, text in zip(conversations, texts, strict=True)]
-                    yield self.shown(after)
+                    yield self.shown(after, coming=True)
             yield self.shown(after) | {
                 self.tokens: token_view(trace, self.processor.tokenizer),
                 self.heat: draw_heat(trace, self.processor.tokenizer),
@@ -283,9 +290,13 @@ class Page:
             yield {self.box: message} | self.shown(past)
             raise sentence(error) from error
 
-    def shown(self, conversations: Sequence[Turns]) -> dict[Any, Any]:
-        """The conversations with DoLa off and on, in their places."""
-        off, on = map(as_messages, conversations)
+    def shown(self, conversations: Sequence[Turns], coming: bool = False) -> dict[Any, Any]:
+        """The conversations with DoLa off and on, in their places; `coming` if the last answers are not whole yet."""
+        said = [[turn["content"].replace(IMAGE_TAG, "").strip() for turn in turns] for turns in conversations]
+        parts = [differences(off, on) for off, on in zip(*said, strict=True)]
+        if coming:
+            parts[-1] = ([(said[0][-1], False)], [(said[1][-1], False)])
+        off, on = (as_messages(turns, [turn[i] for turn in parts]) for i, turns in enumerate(conversations))
         return {self.off: off, self.on: on}
 
     def draw(
