@@ -27,6 +27,7 @@ COUNTERPARTS = {
     "stop_strings": "stop", "eos_token_id": "stop_token_ids",
 }  # fmt: skip
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+NO_SCORES = "engine must be transformers where choices are scored, since vLLM gives no log p̂ of given tokens"
 DEFAULTS: dict[str, Any] = GenerationConfig._get_default_generation_params()
 
 
@@ -184,10 +185,7 @@ def answer_with_vllm(
         ValueError: vLLM cannot do what the run asks for.
     """
     if task.scored and any(prompt.form == "choices" for prompt in prompts):
-        raise ValueError(
-            "engine must be transformers where choices are scored, got 'vllm', which does not give the"
-            " log-probabilities of given tokens under DoLa"
-        )
+        raise ValueError(f"{NO_SCORES}, got 'vllm'")
     params = sampling_params(config.generation, config.model_path, processor.tokenizer)
     left = [prompt for prompt in prompts if prompt.id not in done]
     images = [sum(len(turn["images"]) for turn in prompt.turns) for prompt in left]
