@@ -1,17 +1,24 @@
 # `make demo` and `make test` set up everything they need in .venv, from the versions in constraints.txt.
 PYTHON ?= python3
 
-.PHONY: demo serve web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
+.PHONY: demo serve serve-transformers web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
 
 demo: .venv/installed
 	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' compare=true trace=outputs
 
-# The demo, served as OpenAI's API on http://localhost:8000/v1.
-serve: .venv-serve/installed outputs/janus-dola
+# The demo, served as OpenAI's API on http://localhost:8000/v1 by vLLM on the CPU, which by default takes most of the
+# memory, and asks the hub about the folder.
+serve: .venv-vllm/installed outputs/janus-dola
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/vllm serve outputs/janus-dola --host 127.0.0.1 --dtype float32 --enforce-eager \
+	  --kv-cache-memory-bytes 1G --logprobs-mode processed_logprobs
+
+# The same by transformers' own server.
+serve-transformers: .venv-serve/installed outputs/janus-dola
 	.venv-serve/bin/transformers serve outputs/janus-dola --trust-remote-code
 
-outputs/janus-dola: | .venv-serve/installed
-	.venv-serve/bin/janus-dola export out=$@ model_path=demo/checkpoint
+outputs/janus-dola: demo/checkpoint/model.safetensors | .venv/installed
+	rm -rf $@
+	.venv/bin/janus-dola export out=$@ model_path=demo/checkpoint
 
 # The page, on the demo.
 web: .venv-web/installed

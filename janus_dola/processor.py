@@ -180,7 +180,9 @@ class NaNWatch(LogitsProcessor):
         if not self.steps:
             return [None] * prompts
         steps = torch.stack(self.steps).unflatten(1, (prompts, -1)).any(-1).cpu()  # [T, prompts]
-        return [
-            f"logits are NaN at token {int(column.int().argmax()) + 1}; float16? try bfloat16" if column.any() else None
-            for column in steps.T
-        ]
+        return [nan_error(int(column.int().argmax())) if column.any() else None for column in steps.T]
+
+
+def nan_error(step: int) -> str:
+    """What to say of an answer whose logits are NaN at a step, from 0."""
+    return f"logits are NaN at token {step + 1}; float16? try bfloat16"

@@ -28,15 +28,17 @@ HAN = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
 # Commands that no test types, by how they begin, and why.
 NOT_TYPED = {
     "make demo": "test_make_demo_prints_what_is_shown types its rule",
-    "make serve": "a server, of an environment of its own; tests/serve asks it",
+    "make serve": "a server, of an environment of its own; tests/vllm asks it",
     "make web": "a server, of an environment of its own; tests/web asks it",
     "source ": "changes the reader's shell",
     "pip install ": "needs a package registry",
     "accelerate launch ": "needs published weights and eight GPUs; tests/eval runs the harness",
     "janus-dola web ": "a server; tests/web asks it",
     "janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl batch_size=8 workers=2": "needs Ray; tests/workers runs it",
+    "janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl model_path=FOLDER engine=vllm": "tests/vllm runs it",
+    "vllm serve ": "a server; tests/vllm asks it",
     "transformers serve ": "a server; tests/serve asks it",
-    "curl ": "needs the server; tests/serve asks it",
+    "curl ": "needs the server; tests/vllm asks it",
 }
 SMALL = (f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=6")
 
@@ -253,9 +255,9 @@ def test_the_commands_of_docs_run(name: str, here: Path, capsys: Any, monkeypatc
 
 
 def test_the_served_answers_are_the_demos(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the space in front. The requests need the server, which tests/serve compares with the program."""
+    """Up to the space in front. The requests need the server, which tests/vllm compares with the wrapper."""
     text = TEXTS["docs/serving.md"]
-    (shown,), (keys,) = re.findall(r"```text\n(.*?)```", text, re.S), re.findall(r'config": \'(.*)\'}', text)
+    (shown,), (keys,) = re.findall(r"```text\n(.*?)```", text, re.S), re.findall(r'"vllm_xargs": (.*)}', text)
     monkeypatch.chdir(ROOT)
     for question, dola in (("Is there a blue ring in the image?", {}), ("Describe the image.", json.loads(keys))):
         assert f'"text": "{question}"' in text

@@ -62,6 +62,8 @@ class AnswerConfig(ManyConfig):
         check_report(self.report)
         if self.report is not None and self.prompts is None:
             raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
+        if self.engine != "transformers" and self.prompts is None:
+            raise ValueError(f"engine must be transformers for one question, got {self.engine!r}")
         for key in ("question", "images", "conversation", "stream", "trace"):
             if self.prompts is not None and (value := getattr(self, key)):
                 raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")

@@ -102,7 +102,10 @@ class Judge(Task):
                 continue
             text = outcome.answers[i].text
             results[name] = {"correct": is_right(prompt, text), "text": text}
-            results[name] |= {"said": yes_or_no(text)} if prompt.form == "pope" else {"logprob": outcome.logprobs[i][0]}
+            if prompt.form == "pope":
+                results[name]["said"] = yes_or_no(text)
+            elif outcome.logprobs:  # not of vLLM
+                results[name]["logprob"] = outcome.logprobs[i][0]
         return {"results": results}
 
 

@@ -164,8 +164,7 @@ def _answer(
     parts = [[row] for row in rows] if is_sampling(model, generation) else [rows]
     for part in filter(None, parts):  # there are no rows where all prompts are choices to score
         places, configs = [place for place, _ in part], [dola for _, dola in part]
-        digest = hashlib.sha256(json.dumps([seed, good[places[0]][0].id]).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))  # for sampling, which is one row at a time
+        torch.manual_seed(seed_of(seed, good[places[0]][0]))  # for sampling, which is one row at a time
         given = arguments | {"inputs_embeds": embeds[places], "attention_mask": mask[places], "configs": configs}
         trace = DoLaTrace() if any(dola.use_dola_lm for dola in configs) else None
         answers = generate_answers(model.generate_with_dola, given, configs, trace)
@@ -204,6 +203,11 @@ def generate_answers(
         text = tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip()
         answers.append(Answer(text, length, layers, errors[prompt]))
     return answers
+
+
+def seed_of(seed: int, prompt: Prompt) -> int:
+    """A prompt's own seed, so that what is sampled for it does not depend on the others."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, prompt.id]).encode()).digest()[:7], "big")
 
 
 def is_sampling(model: DoLaJanusWrapper, generation: Mapping[str, Any]) -> bool:

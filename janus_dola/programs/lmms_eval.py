@@ -5,7 +5,7 @@ python -m lmms_eval --model janus_dola --model_args pretrained=deepseek-ai/Janus
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,10 +15,10 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL.Image import Image
 
-from janus_dola.programs import checkpoint
-from janus_dola.programs.engine import Task, answer_many, generate_arguments
+from janus_dola.programs import checkpoint, vllm_engine
+from janus_dola.programs.engine import Outcome, Task, answer_many, generate_arguments
 from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
-from janus_dola.programs.options import ModelConfig, as_list, read_config
+from janus_dola.programs.options import ManyConfig, as_list, read_config
 from janus_dola.programs.prompts import (
     IMAGE_TAG,
     Prompt,
@@ -37,8 +37,8 @@ class JanusDoLa(lmms):
     Args:
         pretrained: `model_path` of configs/default.yaml: a folder, or a name on the hub.
         batch_size: Requests answered together.
-        keys: Those of `ModelConfig` (DoLa's, `roles`, `device`, `dtype`, `seed`, `generation.KEY`), as on the command
-            lines; `config=FILE`. A task's own arguments of `generate` win over `generation`.
+        keys: Those of `ModelConfig` (DoLa's, `roles`, `device`, `dtype`, `seed`, `generation.KEY`) and `engine`, as on
+            the command lines; `config=FILE`. A task's own arguments of `generate` win over `generation`.
 
     Raises:
         ValueError: A key is unknown, or a value is wrong.
@@ -50,9 +50,24 @@ class JanusDoLa(lmms):
         if self.accelerator.num_processes > 1:
             keys["device"] = self.accelerator.device
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.options = read_config(ModelConfig, [f"{key}={v}" for key, v in {**keys, "model_path": pretrained}.items()])
-        self.model, self.processor = checkpoint.load(self.options)
-        self.device, self.batch_size = self.model.device, int(batch_size)
+        self.options = read_config(ManyConfig, [f"{key}={v}" for key, v in {**keys, "model_path": pretrained}.items()])
+        if self.options.workers:
+            raise ValueError(
+                f"workers must be 0 in lmms-eval, got {self.options.workers}: accelerate launch has its own"
+            )
+        self.batch_size = int(batch_size)
+        self.model: Any = None
+        self.llm: Any = None
+        if self.options.engine == "vllm":
+            if self.accelerator.num_processes > 1:
+                raise ValueError(f"engine=vllm must be in one process, got {self.accelerator.num_processes}")
+            model_config = checkpoint.load_config(pretrained)
+            self.processor = checkpoint.load_processor(self.options, model_config)
+            self.device, dtype = checkpoint.pick_device(self.options.device, self.options.dtype, model_config.dtype)
+            self.llm = vllm_engine.start(self.options, model_config, dtype, [self.options.dola()])
+        else:
+            self.model, self.processor = checkpoint.load(self.options)
+            self.device = self.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests (context, arguments of `generate` and `until`, doc_to_visual, doc_id, task, split).
@@ -74,12 +89,18 @@ class JanusDoLa(lmms):
                 window = group[start : start + WINDOW * self.batch_size]
                 prompts = {prompt.id: (i, prompt) for i in window for prompt in [self.prompt(requests[i], seen)]}
                 waiting = [prompt for _, prompt in prompts.values()]
-                how = (generation, self.batch_size, self.options.seed)
-                for prompt, outcome in answer_many(self.model, self.processor, waiting, Task(), *how):
+                for prompt, outcome in self.answer(waiting, generation):
                     if outcome.error is not None:
                         raise ValueError(f"{prompt.id}: {outcome.error}")
                     answers[prompts[prompt.id][0]] = cut(outcome.answers[0].text, until)
         return answers
+
+    def answer(self, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> Iterator[tuple[Prompt, Outcome]]:
+        seed = self.options.seed
+        if self.llm is None:
+            return answer_many(self.model, self.processor, prompts, Task(), generation, self.batch_size, seed)
+        params = vllm_engine.sampling_params(generation, self.options.model_path, self.processor.tokenizer)
+        return vllm_engine.answer_many(self.llm, self.processor, prompts, Task(), params, seed)
 
     def prompt(self, request: Any, seen: Counter[str]) -> Prompt:
         """A request as a prompt. Its id seeds sampling: of its task, document and how often that was `seen` before."""
@@ -88,7 +109,7 @@ class JanusDoLa(lmms):
         _, doc_id, task, split = where
         name = f"{task}/{split}/{doc_id}"
         seen[name] += 1
-        return Prompt(f"{name}/{seen[name]}", turns, self.model.config, prompt_length(turns, self.processor))
+        return Prompt(f"{name}/{seen[name]}", turns, self.options.dola(), prompt_length(turns, self.processor))
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """A task's arguments for `generate`, over the model's; what is not one, as `until`, is left out.
@@ -122,7 +143,12 @@ class JanusDoLa(lmms):
 
         Returns:
             (loss, is_greedy) as `text` of a `GenerationResult`, since lmms-eval 0.7.3 makes a string of a bare tuple.
+
+        Raises:
+            ValueError: With vLLM.
         """
+        if self.llm is not None:
+            raise ValueError(f"{vllm_engine.NO_SCORES}, got 'vllm'")
         tokenizer, results = self.processor.tokenizer, []
         for _, group in groupby([request.args for request in requests], key=lambda args: (args[0], args[3:])):
             choices = list(group)
@@ -147,7 +173,7 @@ class JanusDoLa(lmms):
 
     def clean(self) -> None:
         """Gives back the model's memory; lmms-eval calls it when all requests are answered."""
-        del self.model
+        self.model = self.llm = None
         super().clean()
 
 

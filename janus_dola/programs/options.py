@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 NO_MODEL = "model_path must be given: model_path=deepseek-ai/Janus-Pro-1B, another name on the hub, or a folder"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("transformers", "vllm")
 # In a wheel the package has the configs; in a checkout they lie beside it.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
 DEFAULT = CONFIGS / "default.yaml"
@@ -75,6 +76,11 @@ class ManyConfig(ModelConfig):
     """The keys of programs that answer many prompts."""
 
     image_root: str = option(".", "folder of the images of lines in POPE's form")
+    engine: str = option(
+        "transformers",
+        "or vllm, whose continuous batching takes the place of batch_size; model_path is then a folder of "
+        "janus-dola export (pip install 'janus-dola[vllm]')",
+    )
     batch_size: int = option(8, "prompts answered together; halved when memory runs out; changes no answer")
     workers: int = option(
         0,
@@ -84,6 +90,10 @@ class ManyConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine == "vllm" and self.workers:
+            raise ValueError(f"workers must be 0 with engine=vllm, which is one process's, got {self.workers}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         if self.workers and not (find_spec("ray") and find_spec("pyarrow")):

@@ -206,12 +206,17 @@ def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, 
     return form, answer, tuple(choices or ()), given.get("category")
 
 
-def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:
-    """Tokens of the prompt that `process_one` will make, without opening the images."""
+def encode_prompt(turns: list[dict[str, Any]], processor: Any) -> list[int]:
+    """The tokens of the prompt that `process_one` will make, with one for each image."""
     text = processor.apply_sft_template_for_multi_turn_prompts(
         turns, sft_format=processor.sft_format, system_prompt=processor.system_prompt
     )
-    ids = torch.tensor(processor.tokenizer.encode(text))  # [T without images]
+    return processor.tokenizer.encode(text)
+
+
+def prompt_length(turns: list[dict[str, Any]], processor: Any) -> int:
+    """How many tokens that prompt has, without opening the images."""
+    ids = torch.tensor(encode_prompt(turns, processor))  # [T without images]
     return len(processor.add_image_token((ids == processor.image_id).nonzero(), ids)[0])
 
 

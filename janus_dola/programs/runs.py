@@ -13,9 +13,11 @@ from janus_dola.programs.options import ManyConfig
 from janus_dola.programs.prompts import Prompt, read_prompts
 from janus_dola.programs.ray_workers import answer_with_workers
 from janus_dola.programs.results import Results
+from janus_dola.programs.vllm_engine import answer_with_vllm
 from janus_dola.wrapper import DoLaJanusWrapper
 
-RUN_KEYS = ("model_path", "roles", "generation", "seed", "image_root")  # those of any run that results depend on
+# The keys of any run that results depend on.
+RUN_KEYS = ("model_path", "roles", "generation", "seed", "image_root", "engine")
 
 
 def lines_of(task: Task, answered: Iterable[tuple[Prompt, Outcome]]) -> Iterator[dict[str, Any]]:
@@ -81,6 +83,8 @@ def answer_file(
         if len(done) < len(prompts):
             if config.workers:
                 answers = answer_with_workers(config, task, dtype, prompts, done)
+            elif config.engine == "vllm":
+                answers = answer_with_vllm(config, task, model_config, dtype, processor, prompts, done)
             else:
                 model = DoLaJanusWrapper(checkpoint.load_model(config, model_config))
                 answers = answer_many(

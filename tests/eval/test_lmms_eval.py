@@ -300,7 +300,7 @@ def test_another_method(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = request(model, text, {"max_new_tokens": 24}, images=picture)
         assert answers != model.generate_until([asked])  # DoLa
         with monkeypatch.context() as patch:
-            patch.setattr(model.model, "config", DoLaConfig(method="sled", bucket_id=1))
+            patch.setattr(model, "options", sled.options)
             assert answers == model.generate_until([asked])
 
 
