@@ -119,6 +119,8 @@ class StartUp(VerifyAndUpdateConfig):
         if vllm_config.parallel_config.enable_batch_sharded_sampling:
             raise ValueError("enable_batch_sharded_sampling must be off with DoLa: it leaves the exits unread")
         folder = vllm_config.model_config.try_get_generation_config()
+        if folder.get("do_sample") is False:  # vLLM reads the temperature alone
+            vllm_config.model_config.override_generation_config.setdefault("temperature", 0.0)
         config = over(DoLaConfig(), {key: folder[key] for key in KEYS if key in folder})
         given = vllm_config.additional_config.get("dola", {})
         if not isinstance(given, Mapping):

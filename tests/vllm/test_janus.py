@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,26 +67,34 @@ def params(keys: dict[str, Any]) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True, extra_args=keys or None)
 
 
+@cache
+def published() -> Any:
+    return MultiModalityCausalLM.from_pretrained(janus()[0], dtype=torch.float32).eval()
+
+
+def wanted(question: str, images: list[Image.Image], config: DoLaConfig) -> Any:
+    """The published processor's inputs, and what the wrapper generates from them."""
+    inputs = prepare(question, images)
+    wrapper = DoLaJanusWrapper(published(), config)
+    return inputs, wrapper.generate(
+        inputs_embeds=wrapper.prepare_inputs_embeds(**inputs),
+        attention_mask=inputs.attention_mask,
+        do_sample=False,
+        max_new_tokens=16,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+
+
 def test_answers_are_the_wrappers(llm: Any) -> None:
     """Pictures, several, none, and some that come again; all configurations in one batch; prompts in chunks."""
-    model = MultiModalityCausalLM.from_pretrained(janus()[0], dtype=torch.float32).eval()
     asked = list(product(QUESTIONS, KEYS))
     outputs = chat(llm, [question for question, _ in asked], [params(keys) for _, keys in asked])
-    for ((question, images), keys), output in zip(asked, outputs, strict=True):
-        inputs = prepare(question, images)
+    for (question, keys), output in zip(asked, outputs, strict=True):
+        inputs, want = wanted(*question, DoLaConfig(**keys))
         assert output.prompt_token_ids == inputs.input_ids[0].tolist()
-        wrapper = DoLaJanusWrapper(model, DoLaConfig(**keys))
-        embeds = wrapper.prepare_inputs_embeds(**inputs)
-        want = wrapper.generate(
-            inputs_embeds=embeds,
-            attention_mask=inputs.attention_mask,
-            do_sample=False,
-            max_new_tokens=16,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
         (completion,) = output.outputs
         assert list(completion.token_ids) == want.sequences[0].tolist()
         got = [each[x].logprob for x, each in zip(completion.token_ids, completion.logprobs, strict=True)]
