@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from demo import images as demo_images
 from demo import train as demo_train
+from demo import wide_heads
 from demo.evaluate import BEGIN, END, Answers, answers, f1, f1_difference, layers_say, main
 from demo.scenes import (
     COLOURS,
@@ -336,6 +337,20 @@ def test_the_habit_speaks_in_the_lower_layers_and_the_picture_in_the_upper(check
     said = layers_say(*checkpoint, 30)
     assert all(wrong > 2 * right for wrong, right in said[2:12])
     assert all(right > 2 * wrong for wrong, right in said[21:])
+
+
+def test_wide_heads_change_nothing(checkpoint: Any, tmp_path: Path) -> None:
+    wide_heads.main(str(tmp_path))
+    wide = MultiModalityCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    narrow, processor = checkpoint
+    assert wide.config.language_config.head_dim == 64
+    assert (tmp_path / "tokenizer.json").read_bytes() == (CHECKPOINT / "tokenizer.json").read_bytes()
+    picture = load_image(DEMO / "images" / "habit.png")
+    inputs = processor(conversations=conversation("Describe the image.", [picture]), images=[picture])
+    prompt = {"inputs_embeds": wide.prepare_inputs_embeds(**inputs), "attention_mask": inputs.attention_mask}
+    with torch.inference_mode():
+        want, got = (model.language_model(**prompt).logits for model in (narrow, wide))
+    assert (got - want).abs().max() < 1e-4 < want.abs().max()
 
 
 def test_dola_off_is_plain_generate(checkpoint: Any) -> None:

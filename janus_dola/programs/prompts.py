@@ -236,7 +236,7 @@ def open_images(turns: Sequence[Mapping[str, Any]], processor: Any) -> list[Imag
     Raises:
         ValueError: An image is missing or broken.
     """
-    return [processor.image_processor.fit(load_image(image)) for turn in turns for image in turn["images"]]
+    return [processor.image_processor.fit(load_image(image)) for turn in turns for image in turn.get("images", ())]
 
 
 def build_conversation(
