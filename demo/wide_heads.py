@@ -37,9 +37,9 @@ def widen(model: MultiModalityCausalLM) -> MultiModalityCausalLM:
             wide = weight.new_zeros(heads * WIDTH, text.hidden_size)
             wide[rows] = {"q_proj": weight * times**0.5, "o_proj": weight.T}.get(projection, weight)
             weights[name] = wide.T if projection == "o_proj" else wide
-    wider = MultiModalityCausalLM(config)
+    wider: Any = MultiModalityCausalLM(config)
     wider.load_state_dict(weights)
-    return wider.to(dtype=model.dtype).eval()
+    return wider.to(model.dtype).eval()
 
 
 def main(out: str, checkpoint: Path = HERE / "checkpoint") -> None:
