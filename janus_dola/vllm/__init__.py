@@ -10,6 +10,8 @@ ARCHITECTURES = {
     "DoLaMistralForCausalLM": "decoders:DoLaMistral",
     "DoLaQwen2ForCausalLM": "decoders:DoLaQwen2",
     "DoLaQwen3ForCausalLM": "decoders:DoLaQwen3",
+    "DoLaGemma2ForCausalLM": "decoders:DoLaGemma",
+    "DoLaGemma3ForCausalLM": "decoders:DoLaGemma",
 }
 
 

@@ -4,6 +4,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from janus_dola.vllm.exits import WithExits
 
@@ -22,3 +23,7 @@ class DoLaQwen2(WithExits, Qwen2ForCausalLM):
 
 class DoLaQwen3(WithExits, Qwen3ForCausalLM):
     pass
+
+
+class DoLaGemma(WithExits, TransformersForCausalLM):
+    """Gemma 2 and 3: vLLM's own classes collect no layers, its backend for transformers' does, softcapping included."""

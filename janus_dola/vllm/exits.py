@@ -5,6 +5,7 @@ vLLM's decoders collect the outputs of chosen layers for EAGLE-3. Here they go o
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Exits:
     Attributes:
         wanted: Whether the next `compute_logits` reads the exits as well.
         take: Gives the exits' logits of the last `compute_logits`, [rows, J, V]: those that it read, or, if it did not,
-            those of a second call of the head.
+            those of a second call of the head, made once.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ def read_head(
             return None
         EXITS.take = lambda: logits[:, 1:]
         return logits[:, 0].contiguous()
-    EXITS.take = lambda: read(normed)
+    EXITS.take = cache(lambda: read(normed))
     return head(layers[:, 0].contiguous())
 
 
@@ -81,13 +82,17 @@ class WithExits:
 
     config: Any
     model: Any
+    set_aux_hidden_state_layers: Callable[[tuple[int, ...]], None]
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         server = Server.of(vllm_config)
         if server is None:
             raise ValueError(f"architectures must name {type(self).__name__} itself, got {self.config.architectures}")
-        self.model._set_aux_hidden_state_layers(server.layers)  # counted from 1, not normed, with the residual
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1 and not getattr(self.model, "supports_aux_hidden_states_over_pp", False):
+            raise ValueError(f"pipeline_parallel_size must be 1 for {type(self).__name__}, got {stages}")
+        self.set_aux_hidden_state_layers(server.layers)  # counted from 1, not normed, with the residual
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return append_exits(super().forward(*args, **kwargs))  # type: ignore[misc]

@@ -18,8 +18,9 @@ from janus_dola.vllm.server import Server, StartUp
 class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
     """The entry point `vllm.logits_processors`, of both model runners, which look for different classes under it.
 
-    V2 names a request by its slot, and each step's rows by their slots; the older runner tells who came, went or moved,
-    and a request is its row. Requests that DoLa does not change are not kept, and their logits not touched.
+    V2 names a request by its slot, and each step's rows, several for a request with drafts, by their slots; the older
+    runner tells who came, went or moved, and a request is its row. Requests that DoLa does not change are not kept, and
+    their logits not touched.
     """
 
     def __init__(self, vllm_config: Any, *of_runner: Any) -> None:
@@ -48,7 +49,11 @@ class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Logits [rows, V] in float32 to log p̂, in place, of the rows that want it."""
-        slots = range(len(logits)) if ctx is None else ctx.idx_mapping_np.tolist()
+        slots, first = range(len(logits)), 0
+        if ctx is not None:
+            drafts = len(logits) != len(ctx.idx_mapping_np)
+            slots = (ctx.expanded_idx_mapping if drafts else ctx.idx_mapping_np).tolist()
+            first = ctx.pos.storage_offset()  # drafts of over 1 GB come in parts: views of what all rows have
         by_method: dict[Method, list[int]] = {}
         for row, slot in enumerate(slots):
             if (rows := self.requests.get(slot)) is not None:
@@ -57,7 +62,7 @@ class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
             return logits
         if ctx is not None:  # V2 does not tell who went: whoever decoded now probably goes on
             EXITS.wanted = True
-        exits = EXITS.take()  # [rows, J, V]
+        exits = EXITS.take()[first : first + len(logits)]  # [rows, J, V]
         n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if logits.device.type == "cpu" else len(logits)
         for method, members in by_method.items():
             for chunk in (members[i : i + n] for i in range(0, len(members), n)):

@@ -111,10 +111,13 @@ class StartUp(VerifyAndUpdateConfig):
         Raises:
             ValueError: A key or a value is wrong, or vLLM was started with what DoLa cannot work with.
         """
-        if vllm_config.speculative_config is not None:
+        drafts = vllm_config.speculative_config
+        if drafts is not None and not (
+            vllm_config.use_v2_model_runner and drafts.use_ngram() and not drafts.enable_adaptive_verification
+        ):
             raise ValueError(
-                "speculative_config must be None with DoLa: rows of drafts have no configuration, and EAGLE-3"
-                " takes the exits for itself"
+                "speculative_config must be None, or n-gram on vLLM's model runner V2, with DoLa, got"
+                f" {drafts.method}: the older runner drops DoLa, and EAGLE-3 takes the exits for itself"
             )
         if vllm_config.parallel_config.enable_batch_sharded_sampling:
             raise ValueError("enable_batch_sharded_sampling must be off with DoLa: it leaves the exits unread")

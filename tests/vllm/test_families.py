@@ -8,14 +8,30 @@ import transformers
 from engines import LAYERS, SERVER, VOCAB, architecture, new_folder, run, serve
 from test_decoders import KEYS, check, params, prompts, wanted
 
+# Gemma's own: softcapping small enough to be felt, and sliding windows that end within the prompts.
+OWN: dict[str, dict[str, Any]] = {
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 32,
+    },
+    "Gemma3": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 24, "sliding_window": 32},
+}
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+
+@pytest.mark.parametrize("family", OWN)
 def test_a_family_answers_as_the_wrapper(family: str) -> None:
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": LAYERS}
     none = {"bos_token_id": None, "eos_token_id": None}
-    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **none, initializer_range=0.15)
+    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, kind)(**sizes, **heads, **none, **OWN[family], initializer_range=0.15)
+    config._attn_implementation = "eager"  # has softcapping
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     model.save_pretrained(folder := new_folder())
     llm = serve(folder, SERVER, **architecture(f"DoLa{family}ForCausalLM"))

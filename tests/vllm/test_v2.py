@@ -47,13 +47,18 @@ class Step:
         assert logits is not None
         return logits
 
-    def apply(self, processor: Any, logits: Tensor) -> Tensor:
-        slots = torch.tensor(self.slots)
-        rest: Any = dict.fromkeys(("expanded_local_pos", "input_ids", "pos", "seq_lens_upper_bound_np"))
+    def apply(self, processor: Any, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of some of the rows: the rejection sampler takes whole requests, as many as make 1 GB of logits."""
+        requests = np.array(list(dict.fromkeys(self.slots[rows])), dtype=np.int32)
+        rest: Any = dict.fromkeys(("expanded_local_pos", "input_ids", "seq_lens_upper_bound_np"))
         ctx = LogitsContext(
-            expanded_idx_mapping=slots, idx_mapping=slots, idx_mapping_np=np.array(self.slots, dtype=np.int32), **rest
+            expanded_idx_mapping=torch.tensor(self.slots)[rows],
+            idx_mapping=torch.from_numpy(requests),
+            idx_mapping_np=requests,
+            pos=torch.arange(len(self.slots))[rows],
+            **rest,
         )
-        return processor.apply(logits.float().clone(), ctx)
+        return processor.apply(logits[rows].float().clone(), ctx)
 
     def want(self, row: int, config: DoLaConfig, logits: Tensor) -> Tensor:
         """Log p̂ of a row by itself."""
@@ -111,6 +116,25 @@ def test_exits_are_read_late_rather_than_never(processor: DoLaLogitsProcessor) -
         [2, 2 * J],
         [2 + 2 * J],
     ]
+
+
+@pytest.mark.parametrize("read", ["with the final layer", "late"])
+def test_drafts_are_rows_of_their_request_and_come_in_parts(processor: DoLaLogitsProcessor, read: str) -> None:
+    """The sampler does not call for a part whose requests all have DoLa off."""
+    configs = {5: DoLaConfig(alpha=0.3), 7: DoLaConfig(method="deco", bucket_id=1)}
+    processor.add_request(5, params(alpha=0.3))
+    processor.add_request(2, params(use_dola_lm=0))
+    processor.add_request(7, params(method="deco", bucket_id=1))
+    EXITS.wanted = read != "late"
+    step = Step([5, 5, 5, 2, 2, 7, 7, 2, 7])
+    logits = step.compute_logits()
+    for rows in (slice(0, 9), slice(0, 3), slice(5, 8), slice(8, 9)):
+        got = step.apply(processor, logits, rows)
+        for row, slot in enumerate(step.slots[rows], rows.start):
+            want = step.want(row, configs[slot], logits) if slot in configs else logits[row]
+            torch.testing.assert_close(got[row - rows.start], want, atol=1e-4, rtol=1e-4)
+    J = len(EXIT_LAYERS)
+    assert step.calls == ([9 + 9 * J] if read != "late" else [9, 9 * J])
 
 
 def test_penalties_come_before_dola_and_are_allowed(processor: DoLaLogitsProcessor) -> None:
