@@ -44,6 +44,9 @@ class JanusDoLa(lmms):
         ValueError: A key is unknown, or a value is wrong.
     """
 
+    model: Any = None
+    llm: Any = None  # in its place with engine=vllm
+
     def __init__(self, pretrained: str, batch_size: int | str = 1, **keys: Any) -> None:
         super().__init__()
         self.accelerator = Accelerator()
@@ -56,8 +59,6 @@ class JanusDoLa(lmms):
                 f"workers must be 0 in lmms-eval, got {self.options.workers}: accelerate launch has its own"
             )
         self.batch_size = int(batch_size)
-        self.model: Any = None
-        self.llm: Any = None
         if self.options.engine == "vllm":
             if self.accelerator.num_processes > 1:
                 raise ValueError(f"engine=vllm must be in one process, got {self.accelerator.num_processes}")

@@ -28,6 +28,14 @@ COUNTERPARTS = {
 }  # fmt: skip
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 NO_SCORES = "engine must be transformers where choices are scored, since vLLM gives no log p̂ of given tokens"
+# What vLLM is told unless the user has told it something else.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine that is a process outlives a run that is killed
+    "VLLM_LOGGING_LEVEL": "ERROR",  # the log is on stdout, where the results of programs are
+    "VLLM_NO_USAGE_STATS": "1",  # its makers would be told of each start
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; it would be nearly all memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would take cores that others use
+}
 DEFAULTS: dict[str, Any] = GenerationConfig._get_default_generation_params()
 
 
@@ -84,9 +92,7 @@ def start(
             "model_path must be in the layout of transformers' own Janus with engine=vllm, got the published one: "
             f"janus-dola export out=FOLDER model_path={path} writes the folder to give"
         )
-    # Its log is on stdout, where the results of programs are; it also tells its makers about each start.
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
-        os.environ.setdefault(name, value)
+    os.environ |= ENVIRONMENT | dict(os.environ)
     try:
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -1,7 +1,6 @@
 """engine=vllm: the results of the programs' own engine, by continuous batching."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -58,9 +57,8 @@ def test_a_file_of_prompts_killed_and_resumed_has_the_own_engines_lines(tmp_path
     want = read(tmp_path / "transformers.jsonl")
 
     output = tmp_path / "vllm.jsonl"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, "-c", SLOWLY, *arguments(tmp_path, "vllm", "compare=true")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         while not output.exists() or output.read_bytes().count(b"\n") < 8:
             assert run.poll() is None, run.communicate()
             time.sleep(0.01)
