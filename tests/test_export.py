@@ -525,6 +525,15 @@ def test_no_code_of_a_strangers_comes_along(tmp_path: Path) -> None:
     assert [file.name for file in folder.rglob("*.py")] == ["generate.py"]
 
 
+def test_it_says_what_it_wrote(tmp_path: Path, capsys: Any) -> None:
+    program.run([f"out={tmp_path / 'dola'}"])
+    program.run([f"out={tmp_path / 'native'}", f"model_path={CHECKPOINT}"])
+    alone, model = capsys.readouterr().err.splitlines()
+    assert alone == f"{tmp_path / 'dola'}: DoLa for custom_generate, 0.0 MB"
+    size = sum(file.stat().st_size for file in (tmp_path / "native").rglob("*") if file.is_file())
+    assert model == f"{tmp_path / 'native'}: transformers' Janus, whose generate is DoLa, {size / 1e6:.1f} MB"
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom janus_dola.programs import main\n"

@@ -187,12 +187,6 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
 
 def test_an_example_and_a_conversation_that_goes_on(url: str, open_page: Any, capsys: Any) -> None:
     page = open_page(url, color_scheme="dark")
-    assert "invert" in page.locator("#heat").evaluate("""all => {
-        all.append(document.createElement('img'))
-        const found = getComputedStyle(all.lastChild).filter
-        all.lastChild.remove()
-        return found
-    }""")
     page.get_by_text("lower: 2, 4, 6, 8, 10").click()
     page.get_by_text("Describe the picture.").click()
     page.wait_for_function("() => document.querySelector('#question textarea').value")
@@ -270,7 +264,7 @@ def test_the_api_answers_as_the_command_line(url: str, capsys: Any) -> None:
             assert result[3] is None and texts(result)[0] == texts(result)[1]
         else:
             with Image.open(result[3]) as heat:
-                assert heat.format == "PNG"
+                assert heat.format == "PNG" and heat.getpixel((0, 0))[3] == 0  # no ground: the page may be dark
         assert 'class="token' in result[2]
 
 

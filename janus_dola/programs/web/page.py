@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from matplotlib import rc_context
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +37,10 @@ from janus_dola.wrapper import DoLaJanusWrapper
 ABOUT = (
     "[DoLa](https://arxiv.org/abs/2309.03883) contrasts the final layer with an earlier one, M, at each token. "
     "α, bucket, layers and method are its controls; the others say how a token is drawn."
+)
+# The page may be light or dark: no ground, and an ink to read on either.
+HEAT: Any = dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none") | dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#777777"
 )
 EMPTY: dict[str, Any] = {"text": "", "files": []}
 PICTURES = 5  # of text to image, as on the published page
@@ -113,7 +118,7 @@ def draw_heat(trace: DoLaTrace, tokenizer: Any) -> Image.Image | None:
     """The trace's heat map; None where no layer is traced."""
     if not trace.traced_layers:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, rc_context(HEAT):
         trace.heatmap(f"{folder}/heat.png", tokenizer)
         with Image.open(f"{folder}/heat.png") as image:
             return image.copy()
