@@ -9,7 +9,7 @@ demo: .venv/installed
 # The demo, served as OpenAI's API on http://localhost:8000/v1 by vLLM on the CPU, which by default takes most of the
 # memory, and asks the hub about the folder.
 serve: .venv-vllm/installed outputs/janus-dola
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/vllm serve outputs/janus-dola --host 127.0.0.1 --dtype float32 --enforce-eager \
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model outputs/janus-dola --host 127.0.0.1 --dtype float32 --enforce-eager \
 	  --kv-cache-memory-bytes 1G --logprobs-mode processed_logprobs
 
 # The same by transformers' own server.
