@@ -179,6 +179,7 @@ def test_the_processor_refuses(processor: Any, arguments: dict[str, Any], messag
         ({"image_size": 8}, "image_size must be at least min_size"),
         ({"image_size": 64, "image_mean": None}, "image_mean must be 3 numbers"),
         ({"image_size": 64, "image_std": [0, 0, 0]}, "image_std must be 3 numbers"),
+        ({"image_size": 64, "rescale_factor": {}}, "rescale_factor must be a number, got {}"),
     ],
 )
 def test_the_image_processor_refuses(sizes: dict[str, Any], message: str) -> None:

@@ -77,6 +77,13 @@ def test_a_deep_or_missing_value_is_the_lines_error(read: Any, key: str) -> None
     assert f"{key} must have a value, got '???'" in errors["line 2"] and "line 1" in errors
 
 
+def test_numbers_that_are_none_are_the_lines_error(read: Any) -> None:
+    """An integer that no float holds ended the run with a traceback; true was the second choice."""
+    good, errors = read([TEXT | {"alpha": 10**400}, TEXT | {"choices": ["a", "b"], "answer": True}, TEXT])
+    assert list(good) == ["line 3"]
+    assert "a number is too large" in errors["line 1"] and "got True" in errors["line 2"]
+
+
 def test_a_long_text_is_not_tokenized(read: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of 8 MB took minutes and gigabytes."""
     encode, sizes = processor.tokenizer.encode, []

@@ -35,7 +35,8 @@ class VLMImageProcessor(BaseImageProcessor):
         do_normalize: Whether to subtract the mean and divide by the deviation.
 
     Raises:
-        ValueError: The sizes are not 1 <= min_size <= image_size, or the mean or deviation is not that of 3 channels.
+        ValueError: The sizes are not 1 <= min_size <= image_size, the mean or deviation is not that of 3 channels, or
+            `rescale_factor` is not a number.
     """
 
     model_input_names = ["pixel_values"]
@@ -55,6 +56,8 @@ class VLMImageProcessor(BaseImageProcessor):
         for name, values in (("image_mean", image_mean), ("image_std", image_std)) if do_normalize else ():
             if not isinstance(values, Sequence) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
                 raise ValueError(f"{name} must be 3 numbers (above 0 for image_std) to normalise with, got {values!r}")
+        if not isinstance(rescale_factor, (int, float)):
+            raise ValueError(f"rescale_factor must be a number, got {rescale_factor!r}")
         super().__init__(**kwargs)
         self.image_size = image_size
         self.min_size = min_size

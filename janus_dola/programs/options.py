@@ -233,6 +233,8 @@ def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[
         raise ValueError(f"{key or 'config'}: {first_line(error)}") from error
     except RecursionError as error:
         raise ValueError("config: a value is nested too deeply") from error
+    except OverflowError as error:  # of an integer that no float holds
+        raise ValueError(f"config: a number is too large: {first_line(error)}") from error
     except TypeError as error:  # a list for a mapping, or a mapping for a list, of which OmegaConf does not say where
         raise ValueError(f"config: a list and a mapping stand for the same key: {first_line(error)}") from error
     refuse_interpolations(values)

@@ -192,7 +192,7 @@ def _expected(given: dict[str, Any], image_root: str) -> tuple[str | None, Any, 
     elif form == "choices":
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise ValueError(f"choices must be a list of at least two strings, got {choices!r}")
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        if type(answer) is not int or not 0 <= answer < len(choices):
             raise ValueError(f"answer must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
     elif form == "answer":
         if isinstance(answer, (int, float)) and not isinstance(answer, bool):
