@@ -130,7 +130,7 @@ def draw(trace: Any, path: str | PathLike[str], tokenizer: Any, sequence: int) -
             )  # fmt: skip
             marks.set_in_layout(bool(changed))
         if image is not None:
-            bar = {"shrink": 1 / panels, "anchor": (0.0, 1.0)}  # beside the first panel, whatever their number
+            bar: Any = {"shrink": 1 / panels, "anchor": (0.0, 1.0)}  # beside the first panel, whatever their number
             figure.colorbar(image, ax=list(axes), label="JSD(q_N ‖ q_j), nats", pad=0.01, **bar)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
         figure.savefig(path, dpi=130)
