@@ -1,14 +1,11 @@
 """Wrong arguments, config files and conversations: one line on stderr, exit code 2, and nothing run."""
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import CHECKPOINT, Fails
 
 from janus_dola.programs import answer as answer_program
-from janus_dola.programs.options import run_program
 
 TAG = "<image_placeholder>"
 TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=2"]
@@ -76,16 +73,6 @@ def test_a_trace_that_cannot_be_written(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     trace = f"trace={tmp_path / 'file' / 'below'}"
     assert "[Errno 20] Not a directory: " in fails(answer_program.run, *TEXT, "question=What?", trace)
-
-
-def test_a_heatmap_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(sys, "argv", ["x", *TEXT, "question=What?", f"trace={tmp_path}"])
-    with pytest.raises(SystemExit, match="2"):
-        run_program(answer_program.run)
-    out, err = capsys.readouterr()
-    assert out and (tmp_path / "trace.jsonl").exists()  # the answer is not lost
-    assert err == "error: DoLaTrace.heatmap needs matplotlib: pip install 'janus-dola[viz]'\n"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Text(HTMLParser):
 
 def tables(path: Path) -> list[list[str]]:
     (table,) = re.findall(r'<table id="totals">.*?</table>', path.read_text(encoding="utf-8"), re.S)
-    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.S)]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.S)]
 
 
 def report_arguments(folder: Path, name: str = "again.html") -> list[str]:
