@@ -148,7 +148,8 @@ def test_the_wheel(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == question["answer"]
-    done = subprocess.run([scripts / "janus-dola"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    bare = {"env": os.environ | {"PYTHONPATH": ""}, "cwd": tmp_path}
+    done = subprocess.run([scripts / "janus-dola"], capture_output=True, text=True, check=False, **bare)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {options.NO_MODEL}\n")
 
 
