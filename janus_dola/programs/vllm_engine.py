@@ -134,6 +134,7 @@ def answer_many(
         Each prompt, and what became of it, in the order in which they end.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
 
     engine, room = llm.llm_engine, 2 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     waiting = list(enumerate(prompts))[::-1]
@@ -153,7 +154,7 @@ def answer_many(
                         own = SamplingParams(**params, seed=seed_of(seed, prompt), extra_args=asdict(dola))
                         engine.add_request(name, {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}, own)
                     open_[str(number)] = prompt, [None] * len(configs)
-                except ValueError as error:
+                except (ValueError, VLLMClientError) as error:
                     engine.abort_request(names)
                     progress.update()
                     yield prompt, Outcome(str(error))
