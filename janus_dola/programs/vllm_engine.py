@@ -198,7 +198,7 @@ def answer_with_vllm(
     images = [sum(len(turn["images"]) for turn in prompt.turns) for prompt in left]
     limits = {
         "max_model_len": max(prompt.length for prompt in left) + params["max_tokens"],
-        "limit_mm_per_prompt": {"image": max(images)},
+        "limit_mm_per_prompt": {"image": max(1, *images)},  # with none, vLLM takes no pictures' argument at all
     }
     configs = [dola for prompt in left for dola in task.configs(prompt)]
     llm = start(config, model_config, dtype, configs, **limits)
