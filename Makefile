@@ -61,7 +61,7 @@ test-web: .venv-web/installed
 
 # DoLa and Janus in vLLM, on the CPU.
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/vllm
+	.venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
 # Each environment: its extras, and its versions where they are not those of constraints.txt.
 constraints = constraints.txt

@@ -20,12 +20,14 @@ class Exits:
 
     Attributes:
         wanted: Whether the next `compute_logits` reads the exits as well.
+        row_by_row: Whether the head takes the batch's rows as they are: LoRA's has an adapter for each.
         take: Gives the exits' logits of the last `compute_logits`, [rows, J, V]: those that it read, or, if it did not,
             those of a second call of the head, made once.
     """
 
     def __init__(self) -> None:
         self.wanted = False
+        self.row_by_row = False
         self.take: Callable[[], Any] = lambda: torch.empty(0)
 
 
@@ -58,22 +60,25 @@ def read_head(
         [rows, V]; the exits are for `EXITS.take`.
     """
     layers = hidden.view(len(hidden), -1, d)  # [rows, 1 + J, d]; the final layer's are normed
-    J = layers.shape[1] - 1
-    normed = norm(layers[:, 1:].flatten(0, 1)) if J else hidden.new_empty(0, d)  # [rows J, d]
 
-    def read(x: Tensor) -> Tensor | None:  # [rows, n, d] -> [rows, n, V]
-        logits = head(x.flatten(0, 1))
-        return None if logits is None else logits.view(*x.shape[:2], -1)
+    def read() -> Tensor | None:  # [rows, 1 + J, V]
+        n = layers.shape[1]
+        normed = norm(layers[:, 1:].flatten(0, 1)) if n > 1 else layers[:, 1:]
+        every = torch.cat([layers[:, :1], normed.view(len(hidden), n - 1, d)], 1)
+        if EXITS.row_by_row:
+            logits = [head(every[:, k].contiguous()) for k in range(n)]
+            return None if logits[0] is None else torch.stack(logits, 1)  # type: ignore[arg-type]
+        together = head(every.flatten(0, 1))
+        return None if together is None else together.view(len(hidden), n, -1)
 
-    normed = normed.view(len(hidden), J, d)
     wanted, EXITS.wanted = EXITS.wanted, False
     if wanted:
-        logits = read(torch.cat([layers[:, :1], normed], 1))  # [rows, 1 + J, V]
+        logits = read()
         if logits is None:
             return None
         EXITS.take = lambda: logits[:, 1:]
         return logits[:, 0].contiguous()
-    EXITS.take = cache(lambda: read(normed))
+    EXITS.take = cache(lambda: read()[:, 1:])  # type: ignore[index]
     return head(layers[:, 0].contiguous())
 
 

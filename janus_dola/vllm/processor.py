@@ -26,6 +26,7 @@ class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
     def __init__(self, vllm_config: Any, *of_runner: Any) -> None:
         self.server = Server.of(vllm_config)
         self.requests: dict[int, Rows] = {}  # by slot, or by row
+        EXITS.row_by_row = vllm_config.lora_config is not None
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

@@ -40,14 +40,14 @@ def new_folder() -> Path:
 
 
 @cache
-def llama() -> tuple[Path, Any]:
+def llama(layers: int = LAYERS) -> tuple[Path, Any]:
     """A LLaMA with heads of 32 and weights large enough for layers to disagree: its folder, and itself in float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=176,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=2048,
         initializer_range=0.15,

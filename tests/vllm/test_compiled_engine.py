@@ -21,16 +21,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_answers_are_the_wrappers(name: str) -> None:
     environment = os.environ | CASES[name][1] | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    ran = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, timeout=500)
+    ran = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def main(name: str) -> None:
-    folder, model = llama()
+    folder, model = llama(6)  # every layer costs time to compile
+    SERVER["candidate_layers"] = list(range(1, 6))
     llm = serve(folder, SERVER, **CASES[name][0], **architecture("DoLaLlamaForCausalLM"))
-    keys = [*KEYS, *KEYS]
-    asked = [({"prompt_token_ids": prompt}, params(own)) for prompt, own in zip(prompts(22), keys, strict=True)]
-    for output, (prompt, _), own in zip(run(llm, asked), asked, keys, strict=True):
+    asked = [({"prompt_token_ids": prompt}, params(own)) for prompt, own in zip(prompts(11), KEYS, strict=True)]
+    for output, (prompt, _), own in zip(run(llm, asked), asked, KEYS, strict=True):
         check(output, wanted(model, prompt["prompt_token_ids"], own))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from engines import LAYERS, SERVER, VOCAB, architecture, llama, run, serve
+from engines import LAYERS, SERVER, VOCAB, architecture, llama, new_folder, run, serve
 from scipy.stats import chisquare
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -213,10 +213,15 @@ START = {
     "key": ({"dola": {"alpah": 0.1}}, {}, "unknown key 'alpah', did you mean 'alpha'"),
     "layer": ({"dola": {"candidate_layers": [13]}}, {}, "candidate_layers must be in 1...12"),
     "list": ({"dola": [1]}, {}, "dola must be a mapping"),
-    "drafts": (
+    "n-gram on the older runner": (
         {},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        "speculative_config",
+        "speculative_config must be None, or n-gram on vLLM's model runner V2, with DoLa, got ngram",
+    ),
+    "batch-sharded": (
+        {},
+        {"enable_batch_sharded_sampling": True},
+        "enable_batch_sharded_sampling must be off with DoLa",
     ),
 }
 
@@ -227,3 +232,13 @@ def test_a_server_that_cannot_be_right_does_not_start(
 ) -> None:
     with pytest.raises(ValueError, match=error):
         serve(llama()[0], additional_config=additional, **arguments, **architecture("DoLaLlamaForCausalLM"))
+
+
+def test_eagle_3_is_refused() -> None:
+    """Its drafter's configuration is all that is looked at before."""
+    config = AutoConfig.from_pretrained(llama()[0])
+    config.architectures, config.num_hidden_layers, config.draft_vocab_size = ["LlamaForCausalLMEagle3"], 1, VOCAB
+    config.save_pretrained(folder := new_folder())
+    drafter = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="n-gram on vLLM's model runner V2, with DoLa, got eagle3"):
+        serve(llama()[0], speculative_config=drafter, **architecture("DoLaLlamaForCausalLM"))

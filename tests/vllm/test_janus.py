@@ -1,7 +1,10 @@
 """Janus in vLLM: prompts and pixels are the published processor's, answers the wrapper's."""
 
+import json
+import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -9,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import janus, run, serve
+from engines import janus, new_folder, run, serve
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import JanusForConditionalGeneration
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper
@@ -47,7 +53,7 @@ def prepare(question: str, images: list[Image.Image]) -> Any:
     return VLChatProcessor.from_pretrained(janus()[0])(conversations=turns, images=images)
 
 
-def chat(llm: Any, questions: list[Any], params: list[SamplingParams]) -> list[Any]:
+def chat(llm: Any, questions: list[Any], params: list[SamplingParams], loras: Any = None) -> list[Any]:
     conversations = [
         [
             {
@@ -60,7 +66,7 @@ def chat(llm: Any, questions: list[Any], params: list[SamplingParams]) -> list[A
         ]
         for question, images in questions
     ]
-    return llm.chat(conversations, params, use_tqdm=False)
+    return llm.chat(conversations, params, use_tqdm=False, lora_request=loras)
 
 
 def params(keys: dict[str, Any]) -> SamplingParams:
@@ -72,10 +78,10 @@ def published() -> Any:
     return MultiModalityCausalLM.from_pretrained(janus()[0], dtype=torch.float32).eval()
 
 
-def wanted(question: str, images: list[Image.Image], config: DoLaConfig) -> Any:
+def wanted(question: str, images: list[Image.Image], config: DoLaConfig, model: Any = None) -> Any:
     """The published processor's inputs, and what the wrapper generates from them."""
     inputs = prepare(question, images)
-    wrapper = DoLaJanusWrapper(published(), config)
+    wrapper = DoLaJanusWrapper(model or published(), config)
     return inputs, wrapper.generate(
         inputs_embeds=wrapper.prepare_inputs_embeds(**inputs),
         attention_mask=inputs.attention_mask,
@@ -115,6 +121,46 @@ def test_a_bad_picture_is_refused_and_the_next_is_right(llm: Any) -> None:
         chat(llm, [("What?", [Image.new("RGB", (0, 5))])], [params({})])
     (got,) = chat(llm, QUESTIONS[:1], [params({})])
     assert got.outputs[0].token_ids == want.outputs[0].token_ids
+
+
+def test_bfloat16_from_weights_in_shards() -> None:
+    """Log p̂ of the first token is float32's, about: later ones follow other tokens, now and then."""
+    shutil.copytree(janus()[1], folder := new_folder() / "shards")
+    (folder / "model.safetensors").unlink()
+    JanusForConditionalGeneration.from_pretrained(janus()[1]).save_pretrained(folder, max_shard_size="1MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    llm = serve(folder, dtype="bfloat16", limit_mm_per_prompt={"image": 4})
+    asked = list(product(QUESTIONS, KEYS))
+    outputs = chat(llm, [question for question, _ in asked], [params(keys) for _, keys in asked])
+    for (question, keys), output in zip(asked, outputs, strict=True):
+        log_p = torch.log_softmax(wanted(*question, DoLaConfig(**keys))[1].scores[0][0], -1)
+        token = output.outputs[0].token_ids[0]
+        assert abs(output.outputs[0].logprobs[0][token].logprob - log_p[token]) < 0.3
+        assert len(output.outputs[0].token_ids) == 16
+
+
+def test_lora_on_the_decoder() -> None:
+    """Requests with an adapter and without in one batch: as the wrapper on merged weights, and on the model's own."""
+    torch.manual_seed(0)
+    adapted, weights, names = deepcopy(published()), {}, ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    for i, layer in enumerate(adapted.language_model.model.layers):
+        for name in names:
+            weight = layer.get_submodule(name).weight.data
+            a, b = torch.randn(8, weight.shape[1]) / 8, torch.randn(weight.shape[0], 8) / 32
+            weight += 2 * b @ a
+            key = f"base_model.model.model.language_model.layers.{i}.{name}"
+            weights |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(weights, (folder := new_folder()) / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [name.split(".")[1] for name in names]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    llm = serve(janus()[1], limit_mm_per_prompt={"image": 4}, enable_lora=True, max_lora_rank=8)
+    loras = [None, LoRARequest("adapter", 1, str(folder))]
+    asked = list(product(QUESTIONS[:2], KEYS, loras))
+    outputs = chat(llm, [each[0] for each in asked], [params(each[1]) for each in asked], [each[2] for each in asked])
+    for (question, keys, lora), output in zip(asked, outputs, strict=True):
+        model = published() if lora is None else adapted
+        want = wanted(*question, DoLaConfig(**keys), model)[1].sequences[0].tolist()
+        assert list(output.outputs[0].token_ids) == want
 
 
 def test_the_published_layout_is_refused() -> None:

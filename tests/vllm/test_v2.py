@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import LAYERS, VOCAB
+from engines import LAYERS, VOCAB, architecture, llama
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from janus_dola import DoLaConfig
@@ -25,6 +27,7 @@ D = 64
 @pytest.fixture
 def processor() -> DoLaLogitsProcessor:
     made = DoLaLogitsProcessor.__new__(DoLaLogitsProcessor)
+    EXITS.row_by_row = False  # an engine with LoRA may have been here
     made.server, made.requests = Server(DoLaConfig(), LAYERS, EXIT_LAYERS, penalties_first=True), {}
     return made
 
@@ -113,7 +116,7 @@ def test_exits_are_read_late_rather_than_never(processor: DoLaLogitsProcessor) -
         [2 + 2 * J],
         [1 + J],
         [1],
-        [2, 2 * J],
+        [2, 2 + 2 * J],
         [2 + 2 * J],
     ]
 
@@ -134,7 +137,7 @@ def test_drafts_are_rows_of_their_request_and_come_in_parts(processor: DoLaLogit
             want = step.want(row, configs[slot], logits) if slot in configs else logits[row]
             torch.testing.assert_close(got[row - rows.start], want, atol=1e-4, rtol=1e-4)
     J = len(EXIT_LAYERS)
-    assert step.calls == ([9 + 9 * J] if read != "late" else [9, 9 * J])
+    assert step.calls == ([9 + 9 * J] if read != "late" else [9, 9 + 9 * J])
 
 
 def test_penalties_come_before_dola_and_are_allowed(processor: DoLaLogitsProcessor) -> None:
@@ -154,3 +157,12 @@ def test_the_last_pipeline_stage_appends_the_exits() -> None:
     assert append_exits(tensors) is tensors
     hidden, exits = torch.randn(2, D), [torch.randn(2, D), torch.randn(2, D)]
     assert torch.equal(append_exits((hidden, exits)), torch.cat([hidden, *exits], 1))
+
+
+def test_n_gram_drafts_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a configuration goes, where there is no Triton."""
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    monkeypatch.setattr(VllmConfig, "_validate_v2_model_runner", lambda self: None)
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    arguments = {"max_model_len": 512, "speculative_config": drafts, **architecture("DoLaLlamaForCausalLM")}
+    assert EngineArgs(str(llama()[0]), **arguments).create_engine_config().additional_config["dola"]["use_dola_lm"]

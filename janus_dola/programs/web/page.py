@@ -68,12 +68,12 @@ class Drawing:
 
 def as_command(config: ModelConfig, conversations: Sequence[Turns]) -> str:
     """The command that prints both answers; one for each where they answer different conversations."""
-    # The demo is the default even where it is not there, as in a wheel.
-    default = read_config(AnswerConfig, [f"model_path={DEMO_IMAGE.parents[1].resolve() / 'checkpoint'}"])
-    keys = {key.name for key in fields(ModelConfig)} - {"use_dola_lm", "generation"}
+    default = read_config(AnswerConfig, [f"model_path={config.model_path}"])  # with the checkpoint's own configuration
+    keys = {key.name for key in fields(ModelConfig)} - {"use_dola_lm", "generation", "model_path"}
     given = {key: getattr(config, key) for key in sorted(keys) if getattr(config, key) != getattr(default, key)}
-    if "model_path" in given and Path(config.model_path).is_dir():
-        given["model_path"] = str(Path(config.model_path).resolve())
+    path = str(Path(config.model_path).resolve()) if Path(config.model_path).is_dir() else config.model_path
+    if path != str(DEMO_IMAGE.parents[1].resolve() / "checkpoint"):  # the default
+        given["model_path"] = path
     given |= {f"generation.{k}": v for k, v in config.generation.items() if v != default.generation.get(k)}
 
     def line(turns: Turns, **more: Any) -> str:
