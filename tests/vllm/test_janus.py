@@ -153,7 +153,9 @@ def test_lora_on_the_decoder() -> None:
     save_file(weights, (folder := new_folder()) / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [name.split(".")[1] for name in names]}
     (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    llm = serve(janus()[1], limit_mm_per_prompt={"image": 4}, enable_lora=True, max_lora_rank=8)
+    # vLLM's CPU kernels take the last place's adapter for a request without one: here there is none in it.
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    llm = serve(janus()[1], limit_mm_per_prompt={"image": 4}, **lora)
     loras = [None, LoRARequest("adapter", 1, str(folder))]
     asked = list(product(QUESTIONS[:2], KEYS, loras))
     outputs = chat(llm, [each[0] for each in asked], [params(each[1]) for each in asked], [each[2] for each in asked])
