@@ -1,6 +1,7 @@
 """Engines of vLLM in this process, on models that are made here: its CPU attention has no heads of 16."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -62,6 +63,7 @@ def llama(layers: int = LAYERS) -> tuple[Path, Any]:
 
 def serve(folder: Path, dola: dict[str, Any] | None = None, **arguments: Any) -> LLM:
     """Starts an engine, in float32 and eager unless it is told otherwise."""
+    gc.collect()  # the last engine: were it collected later, it would close the process groups of this one
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engines import SERVER, architecture, llama, run, serve
-from test_decoders import KEYS, check, params, prompts, wanted
+from llama_requests import KEYS, check, params, prompts, wanted
 
 CASES = {
     "compiled": ({"enforce_eager": False}, {"TORCHDYNAMO_DISABLE": "0"}),

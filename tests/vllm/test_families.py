@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from engines import LAYERS, SERVER, VOCAB, architecture, new_folder, run, serve
-from test_decoders import KEYS, check, params, prompts, wanted
+from llama_requests import KEYS, check, params, prompts, wanted
 
 # Gemma's own: softcapping small enough to be felt, and sliding windows that end within the prompts.
 OWN: dict[str, dict[str, Any]] = {

@@ -5,25 +5,21 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import janus, new_folder, run, serve
+from janus_requests import IMAGES, QUESTIONS, prepare, published, wanted
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import JanusForConditionalGeneration
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from janus.models import MultiModalityCausalLM, VLChatProcessor
-from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola import DoLaConfig
 
-# vLLM itself puts a transparent picture on white, where the published processor drops the transparency: not "rgba".
-IMAGES = [Image.open(path) for path in sorted((Path(__file__).parents[1] / "golden/expected/images").glob("*.png"))]
 KEYS: list[dict[str, Any]] = [
     {"use_dola_lm": False},
     {},
@@ -31,26 +27,11 @@ KEYS: list[dict[str, Any]] = [
     {"method": "deco", "candidate_layers": [22, 28]},
     {"method": "sled", "candidate_layers": [22, 26]},
 ]
-QUESTIONS = [
-    ("What is it?", IMAGES[:1]),
-    ("Which is larger?", IMAGES[2:4]),
-    ("它是什么？", []),
-    ("And?", IMAGES[4:5]),
-]
 
 
 @pytest.fixture(scope="module")
 def llm() -> Any:
     return serve(janus()[1], max_num_batched_tokens=48, block_size=32, limit_mm_per_prompt={"image": 4})
-
-
-def prepare(question: str, images: list[Image.Image]) -> Any:
-    """The published processor's inputs of a question."""
-    turns = [
-        {"role": "<|User|>", "content": "<image_placeholder>\n" * len(images) + question, "images": images},
-        {"role": "<|Assistant|>", "content": ""},
-    ]
-    return VLChatProcessor.from_pretrained(janus()[0])(conversations=turns, images=images)
 
 
 def chat(llm: Any, questions: list[Any], params: list[SamplingParams], loras: Any = None) -> list[Any]:
@@ -71,27 +52,6 @@ def chat(llm: Any, questions: list[Any], params: list[SamplingParams], loras: An
 
 def params(keys: dict[str, Any]) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True, extra_args=keys or None)
-
-
-@cache
-def published() -> Any:
-    return MultiModalityCausalLM.from_pretrained(janus()[0], dtype=torch.float32).eval()
-
-
-def wanted(question: str, images: list[Image.Image], config: DoLaConfig, model: Any = None) -> Any:
-    """The published processor's inputs, and what the wrapper generates from them."""
-    inputs = prepare(question, images)
-    wrapper = DoLaJanusWrapper(model or published(), config)
-    return inputs, wrapper.generate(
-        inputs_embeds=wrapper.prepare_inputs_embeds(**inputs),
-        attention_mask=inputs.attention_mask,
-        do_sample=False,
-        max_new_tokens=16,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
 
 
 def test_answers_are_the_wrappers(llm: Any) -> None:
@@ -121,6 +81,17 @@ def test_a_bad_picture_is_refused_and_the_next_is_right(llm: Any) -> None:
         chat(llm, [("What?", [Image.new("RGB", (0, 5))])], [params({})])
     (got,) = chat(llm, QUESTIONS[:1], [params({})])
     assert got.outputs[0].token_ids == want.outputs[0].token_ids
+
+
+def test_the_wrapper_is_not_needed_to_run(llm: Any) -> None:
+    """A prompt of tokens alone, as a completion."""
+    ids = prepare(*QUESTIONS[2]).input_ids[0].tolist()
+    (want,) = chat(llm, QUESTIONS[2:3], [params({})])
+    (got,) = run(llm, [({"prompt_token_ids": ids}, params({}))])
+    assert got.outputs[0].token_ids == want.outputs[0].token_ids
+
+
+# From here on engines of their own: when one of them goes, it closes the process groups of the one above.
 
 
 def test_bfloat16_from_weights_in_shards() -> None:
@@ -171,11 +142,3 @@ def test_the_published_layout_is_refused() -> None:
     code = "import sys; from vllm import LLM; LLM(sys.argv[1])"
     failed = subprocess.run([sys.executable, "-c", code, published], capture_output=True, text=True, timeout=120)
     assert "janus-dola export out=FOLDER model_path=... writes the folder to serve" in failed.stderr
-
-
-def test_the_wrapper_is_not_needed_to_run(llm: Any) -> None:
-    """A prompt of tokens alone, as a completion."""
-    ids = prepare(*QUESTIONS[2]).input_ids[0].tolist()
-    (want,) = chat(llm, QUESTIONS[2:3], [params({})])
-    (got,) = run(llm, [({"prompt_token_ids": ids}, params({}))])
-    assert got.outputs[0].token_ids == want.outputs[0].token_ids

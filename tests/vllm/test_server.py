@@ -21,8 +21,8 @@ import openai
 import psutil
 import pytest
 from engines import janus, new_folder
+from janus_requests import QUESTIONS, wanted
 from PIL import Image
-from test_janus import QUESTIONS, wanted
 
 from janus_dola import DoLaConfig
 
@@ -249,7 +249,7 @@ XARGS: dict[str, tuple[Any, str]] = {
     "bucket": ({"bucket_id": 3}, "bucket_id must be 0, 1 or 2, got 3"),
     "layer": ({"candidate_layers": [40]}, "candidate_layers must be in 1...30, the model's layers, got 40"),
     "layers": ({"candidate_layers": "all"}, "candidate_layers must be integers"),
-    "method": ({"method": "decco"}, "method must be dola, deco or sled, got 'decco', did you mean 'deco'"),
+    "method": ({"method": "decco"}, "method must be dola, deco, sled or confident, got 'decco', did you mean 'deco'"),
     "another method's": ({"sled_rate": 3.0}, "sled_rate is of method sled"),
     "top k": ({"method": "sled", "sled_top_k": 0}, "sled_top_k must be an integer of at least 1, got 0"),
     "switch": ({"use_dola_lm": "off"}, "use_dola_lm must be true or false, got 'off'"),
