@@ -17,14 +17,16 @@ from io import BytesIO
 from itertools import product
 from typing import Any
 
-import openai
-import psutil
 import pytest
-from engines import janus, new_folder
-from janus_requests import QUESTIONS, wanted
-from PIL import Image
 
-from janus_dola import DoLaConfig
+openai = pytest.importorskip("openai")
+psutil = pytest.importorskip("psutil")
+
+from engines import janus, new_folder  # noqa: E402
+from janus_requests import QUESTIONS, wanted  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from janus_dola import DoLaConfig  # noqa: E402
 
 SERVER = {"candidate_layers": list(range(1, 30))}
 KEYS: list[dict[str, Any]] = [
