@@ -200,10 +200,8 @@ def test_the_library_warns_of_logits_that_are_nan(model: Any, prompt: dict[str, 
     assert output.scores[0][1].isnan().all() and not output.scores[0][0].isnan().any()
 
 
-def janus_dola(*arguments: str, **how: Any) -> subprocess.Popen[str]:
-    # Whoever started the tests in the background has interrupts ignored, in every process below.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    command = [sys.executable, "-c", f"{code}from janus_dola.programs import main; main()", *arguments]
+def janus_dola(*arguments: str, first: str = "", **how: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", f"from janus_dola.programs import main\n{first}\nmain()", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
     return subprocess.Popen(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
 
@@ -239,7 +237,10 @@ def test_what_is_said_without_a_model_does_not_import_torch() -> None:
 @pytest.mark.parametrize("seconds", [0.3, 1.5])
 def test_second_thoughts_are_one_line(seconds: float) -> None:
     """While Python imported, an interrupt was a traceback."""
-    with janus_dola(*TEXT) as process:
+    # Whoever started the tests in the background has interrupts ignored, in every process below.
+    first = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); print('started', flush=True)"
+    with janus_dola(*TEXT, first=first) as process:
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)
