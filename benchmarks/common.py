@@ -76,6 +76,20 @@ def generate(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> 
     return wrapper.generate(**kwargs)
 
 
+def llama_config(
+    num_layers: int, hidden: int, intermediate: int, heads: int, vocab_size: int, **more: Any
+) -> LlamaConfig:
+    """The configuration of a decoder of these sizes, in the order of `SHAPES`."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        **more,
+    )
+
+
 def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The language model of a shape: the demo's, or one with random weights, made in place in its dtype."""
     model: Any
@@ -84,15 +98,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
         demo = ModelConfig(model_path=str(DEMO), device=str(device), dtype=dtype_name)
         model = load(demo)[0].model.language_model
     else:
-        num_layers, hidden, intermediate, heads, vocab_size = SHAPES[shape]
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=num_layers,
-            num_attention_heads=heads,
-            max_position_embeddings=16_384,
-        )
+        config = llama_config(*SHAPES[shape], max_position_embeddings=16_384)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             model = LlamaForCausalLM(config).eval()

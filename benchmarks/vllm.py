@@ -33,6 +33,7 @@ from benchmarks.common import (
     at_least,
     candidates,
     describe_machine,
+    llama_config,
     machine,
     quartiles,
 )
@@ -76,22 +77,12 @@ class VllmOptions(Threads):
 
 
 def decoder(shape: str) -> LlamaConfig:
-    if shape == "demo":
+    sizes = SHAPES.get(shape)
+    if sizes is None:
         text = load_config(str(DEMO)).get_text_config()
-        sizes = (text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size)
-        num_layers, hidden, intermediate, vocab_size = sizes
-        heads = hidden // HEAD
-    else:
-        num_layers, hidden, intermediate, heads, vocab_size = SHAPES[shape]
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=num_layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        architectures=["LlamaForCausalLM"],
-    )
+        hidden = text.hidden_size
+        sizes = (text.num_hidden_layers, hidden, text.intermediate_size, hidden // HEAD, text.vocab_size)
+    return llama_config(*sizes, max_position_embeddings=2048, architectures=["LlamaForCausalLM"])
 
 
 def start(config: LlamaConfig, options: VllmOptions, **more: Any) -> LLM:

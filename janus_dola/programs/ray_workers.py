@@ -93,10 +93,8 @@ def start_ray(address: str) -> None:
     with held_stderr() as said:
         try:
             ray.init(address, **quiet)
-        except (
-            Exception
-        ) as error:  # Ray has errors of its own; the reason, such as a token, it may write on stderr alone
-            said.seek(0)
+        except Exception as error:  # Ray has errors of its own
+            said.seek(0)  # the reason, such as a token, it may write on stderr alone
             lines = re.findall(r"^\[.*?\] [\w.]+:\d+: (.*)", said.read().decode(errors="replace"), re.M)
             reason = f" ({lines[-1]})" if lines else ""
             raise ValueError(f"RAY_ADDRESS {address!r} cannot be used: {error}{reason}") from error
