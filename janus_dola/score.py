@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from janus_dola.config import DoLaConfig, by_row
-from janus_dola.dola_runtime import read
+from janus_dola.dola_runtime import Reading, read
 from janus_dola.exits import ExitView, path_to
 from janus_dola.methods import choose
 
@@ -60,6 +60,7 @@ def score_continuations(
     by_config = by_row([config] if configs is None else configs, len(model.get_decoder().layers))
     candidates, strength = by_config.candidates.to(ids.device), by_config.strength.to(ids.device, torch.float32)
     dynamic = any(method.dynamic for method in by_config.methods)
+    spans = [_span(row) for row in by_config.candidates]
     phi = _readout(model)
 
     result = torch.zeros(len(by_config.methods), *ids.shape, device=ids.device)  # [configs, rows, T]
@@ -73,10 +74,22 @@ def score_continuations(
         logits = phi(hidden[part]).to(ids.device)  # [c, J + 1, V]
         reading = read(logits[:, -1], logits[:, :-1], dynamic)
         for i, method in enumerate(by_config.methods):
-            each = candidates[i].expand(len(tokens), -1), strength[i].expand(len(tokens))
-            log_p = choose(reading, *each, method.name, method.top_k)[0].gather(1, tokens).squeeze(1)  # [c]
+            own = _part(reading, spans[i])
+            each = candidates[i, spans[i]].expand(len(tokens), -1), strength[i].expand(len(tokens))
+            log_p = choose(own, *each, method.name, method.top_k)[0].gather(1, tokens).squeeze(1)  # [c]
             result[i, rows[part], positions[part]] = log_p.masked_fill(log_p == -torch.inf, apc_floor).to(result)
     return result[0] if configs is None else result
+
+
+def _span(candidates: Tensor) -> slice:
+    """From the first to the last of a row's candidates, bool [J]: the exits of other rows would only cost time."""
+    places = candidates.nonzero().flatten().tolist()
+    return slice(places[0], places[-1] + 1) if places else slice(0)
+
+
+def _part(reading: Reading, exits: slice) -> Reading:
+    """A reading of some of its exits."""
+    return reading._replace(log_qj=reading.log_qj[:, exits], z_j=reading.z_j[:, exits], jsd=reading.jsd[:, exits])
 
 
 def _readout(model: Any) -> Callable[[Tensor], Tensor]:

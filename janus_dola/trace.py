@@ -64,6 +64,12 @@ class DoLaTrace:
         self.jsd = torch.zeros(0, 0, 0)
         self.lengths = torch.zeros(0, dtype=torch.long)
 
+    @property
+    def chosen_jsd(self) -> Tensor:
+        """JSD(q_N ‖ q_M), float32 [S, T]: of the layer M that was chosen; 0 where M is N."""
+        chosen = self.layers.unsqueeze(-1) == torch.tensor(self.traced_layers, dtype=torch.long)  # [S, T, J]
+        return self.jsd.where(chosen, 0.0).sum(-1)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DoLaTrace) and self._lines() == other._lines()
 

@@ -41,6 +41,7 @@ from demo.train import EOS, Lessons, Recipe, answer_logits, conversation, new_mo
 from janus.models import MultiModalityCausalLM, VLChatProcessor
 from janus.utils.io import load_image
 from janus_dola import DoLaConfig, DoLaJanusWrapper
+from janus_dola.programs.engine import Answer
 from janus_dola.programs.measures import pope_measures
 
 DEMO = Path(demo_images.__file__).parent
@@ -231,7 +232,7 @@ def test_what_is_counted_of_answers() -> None:
     ]
     pairs = [Example(scene, q) for q in (question, *asked)]
     texts = {"off": [said, "Yes, there", "Yes, there"], "exact": [q.answer for _, q in pairs]}
-    found = Answers(pairs, texts)
+    found = Answers(pairs, {name: [Answer(text, 1, None) for text in said] for name, said in texts.items()})
     counts = {"things": 3, "said": 3, "right": 1, "hallucinated": 2, "companions": 1, "habit": 1}
     assert {key: value.tolist() for key, value in found.described("off").items()} == {k: [v] for k, v in counts.items()}
     assert found.described("exact")["right"].tolist() == [3]
@@ -319,7 +320,8 @@ def test_the_checkpoint_answers_right(checkpoint: Any) -> None:
     assert len(known) >= 0.8 * len(asked) and {name for name, _ in known} == set(QUESTIONS)
     asked_of = [(load_image(DEMO / "images" / name), q["text"]) for name, q in known]
     given = answers(wrapper, processor, asked_of, [wrapper.config])
-    wrong = [(name, q["text"], text) for (name, q), (text,) in zip(known, given, strict=True) if text != q["answer"]]
+    both = zip(known, given, strict=True)
+    wrong = [(name, q["text"], a.text) for (name, q), (a,) in both if a.text != q["answer"]]
     assert not wrong
 
 
@@ -327,7 +329,7 @@ def test_dola_corrects_the_picked_picture(checkpoint: Any) -> None:
     model, processor = checkpoint
     asked = [(load_image(DEMO / "images" / "habit.png"), "Describe the image.")]
     configs = [DoLaConfig(use_dola_lm=False), DoLaConfig(bucket_id=0)]
-    ((off, on),) = answers(DoLaJanusWrapper(model), processor, asked, configs)
+    ((off, on),) = [[a.text for a in row] for row in answers(DoLaJanusWrapper(model), processor, asked, configs)]
     right = QUESTIONS["habit.png"][-1]["answer"]
     assert on == right != off and off.replace("blue triangle", "red ring") == right
     assert companion(Thing("yellow", "square")) == Thing("blue", "triangle")

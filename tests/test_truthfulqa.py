@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT
@@ -63,13 +64,19 @@ def test_questions_are_split_and_closed_as_by_the_benchmark(data: Path) -> None:
     assert second["false"] == ["A letter.", "A word.", "A colour."]
 
 
-def test_configurations_of_30_layers() -> None:
-    named = truthfulqa.configurations(30)
+def test_configurations() -> None:
+    named = truthfulqa.configurations()
     assert next(iter(named)) == BASELINE and not named[BASELINE].use_dola_lm
-    layers = [config.resolve_layers(30) for config in named.values() if config.use_dola_lm]
+    layers = [config.resolve_layers(30) for config in named.values() if config.use_dola_lm and config.method == "dola"]
     assert layers.count((22, 24, 26, 28)) == 2  # alpha 0.1 and 0
-    assert [only for only in layers if len(only) == 1] == [(j,) for j in range(2, 30, 2)]
     assert layers.count(()) == 1
+
+
+def test_each_half_chooses_for_the_other() -> None:
+    """The first is better on even places, the second on odd ones: chosen there, each fails on the others."""
+    first, second = [[1, 5], [0, 5], [1, 5], [0, 5]], [[0, 0], [1, 0], [0, 0], [1, 0]]  # [questions, measures]
+    chosen = truthfulqa.chosen_by_halves(np.array([first, second], dtype=float))
+    assert chosen.tolist() == [[0, 5]] * 4
 
 
 def test_a_stopped_run_goes_on_to_the_same_table(folder: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -104,7 +111,7 @@ def test_scores_are_those_of_the_language_model(folder: Path, data: Path) -> Non
             log_q = model.model(input_ids=ids).logits[0].log_softmax(-1)
         scores.append(sum(float(log_q[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
     want = truthfulqa.measures(scores[:2], scores[2:], best=1)
-    got = truthfulqa.ask(model, tokenizer, question, truthfulqa.configurations(30))
+    got = truthfulqa.ask(model, tokenizer, question, truthfulqa.configurations())
     assert got[BASELINE] == pytest.approx(want, abs=1e-4)
     assert len({tuple(values) for values in got.values()}) > 3
 

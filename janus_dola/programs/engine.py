@@ -28,12 +28,16 @@ class Answer(NamedTuple):
         tokens: How many tokens it took, up to and with the end of sequence.
         layers: The layer M of each of them, None without DoLa.
         error: Why it is worth nothing, or None.
+        jsd: JSD(q_N ‖ q_M) at each of them, 0 where M is N; None without DoLa.
+        changed: Which of them are not what q_N alone would have chosen; None without DoLa.
     """
 
     text: str
     tokens: int
     layers: list[int] | None
     error: str | None = None
+    jsd: list[float] | None = None
+    changed: list[int] | None = None
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Task:
 
     def line(self, prompt: Prompt, outcome: Outcome) -> dict[str, Any]:
         """What is kept of an answered prompt beside its id: the first answer, and whether it is right."""
-        text, tokens, layers, _ = outcome.answers[0]
+        text, tokens, layers, *_ = outcome.answers[0]
         correct = {} if prompt.form is None else {"correct": is_right(prompt, text)}
         return {"text": text, "tokens": tokens, "layers": layers} | correct
 
@@ -199,9 +203,17 @@ def generate_answers(
         if dead[row]:
             continue
         prompt = row * len(configs) // len(ids)
-        layers = trace.layers[row, :length].tolist() if trace is not None and configs[prompt].use_dola_lm else None
-        text = tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip()
-        answers.append(Answer(text, length, layers, errors[prompt]))
+        answer = Answer(
+            tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip(), length, None, errors[prompt]
+        )
+        if trace is not None and configs[prompt].use_dola_lm:
+            layers, jsd, own, final = (
+                values[row, :length] for values in (trace.layers, trace.chosen_jsd, trace.tokens, trace.mature_tokens)
+            )
+            answer = answer._replace(
+                layers=layers.tolist(), jsd=jsd.tolist(), changed=(own != final).nonzero().flatten().tolist()
+            )
+        answers.append(answer)
     return answers
 
 

@@ -106,6 +106,6 @@ def test_a_wrong_key_of_dola_is_an_error_and_the_next_question_is_answered(
 
 def test_the_benchmark(client: Any, folder: Path, capsys: Any) -> None:
     options = ["clients=[1,2]", "requests=1", "rounds=1", f"image={WIDE}"]
-    benchmark.run([f"model={folder}", f"url={client.base_url}", *options])
+    benchmark.run([f"model={folder}", f"urls=[{client.base_url}]", *options])
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [int(row[0]) for row in rows[1:]] == [1, 2] and all(float(cell) > 0 for row in rows[1:] for cell in row[1:])

@@ -39,10 +39,9 @@ def token_view(trace: DoLaTrace, tokenizer: Any) -> str:
     T = int(trace.lengths[0])
     tokens, mature, layers = (rows[0, :T].tolist() for rows in (trace.tokens, trace.mature_tokens, trace.layers))
     numbers = [values[0, :T].tolist() for values in (trace.head_sizes, trace.mature_logprobs, trace.logprobs)]
-    place = {layer: j for j, layer in enumerate(trace.traced_layers)}
-    jsd = [float(trace.jsd[0, t, place[M]].nan_to_num()) if M in place else 0.0 for t, M in enumerate(layers)]
+    jsd = trace.chosen_jsd[0, :T].nan_to_num().tolist()
     instead = [name(tokenizer, final) if final != token else None for token, final in zip(tokens, mature, strict=True)]
-    chosen = [f"layer {M}" if M in place else "none" for M in layers]
+    chosen = [f"layer {M}" if M in trace.traced_layers else "none" for M in layers]
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("token_view.html")
     return page.render(
         tokens=list(zip(pieces(tokenizer, tokens), chosen, jsd, *numbers, instead, strict=True)),
