@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import allocator, common, latency, long_run, profile_step, throughput
+from benchmarks import allocator, common, latency, long_run, methods, profile_step, throughput
+from demo.evaluate import Answers, numbered
 from janus_dola import DoLaJanusWrapper
+from janus_dola.programs.engine import Answer
 from janus_dola.programs.options import read_config
 
 TINY = ["shape=tiny", "batch=2", "layers=2", "prompt=9", "tokens=3", "device=cpu"]
@@ -134,3 +136,28 @@ def test_throughput_counts_the_answers(shape: str, capsys: pytest.CaptureFixture
     assert all(int(cell.split()[0]) > 0 for row in table[1:] for cell in row[1:])
     with pytest.raises(ValueError, match=r"questions must be a multiple of each batch, \[1, 2\], got 3"):
         throughput.run(["questions=3", "batch=[1,2]"])
+
+
+def test_methods_are_shown_with_what_validation_chose() -> None:
+    """Two buckets of one method on two descriptions, one of which each gets right, by a change at the second token."""
+    pairs = [pair for _, pair in numbered("test", 2, ["describe"])]
+    right = [pair.question.answer for pair in pairs]
+    off = [right[0], ""]
+    low, high = ["", right[1]], right
+
+    def answered(texts: list[str], jsd: float) -> list[Answer]:
+        changes = [[] if text == before else [1] for text, before in zip(texts, off, strict=True)]
+        return [Answer(text, 2, [30, 2], None, [0.0, jsd], change) for text, change in zip(texts, changes, strict=True)]
+
+    test = Answers(pairs, {"off": answered(off, 0.0), "low": answered(low, 0.1), "high": answered(high, 0.4)})
+    validation = Answers(pairs, {"off": test.answers["off"], "low": test.answers["high"], "high": test.answers["off"]})
+    lines = methods.table({"validation": validation, "test": test}, "describe", {"dola": ["high", "low"]})
+    head, _, *rows = [line.split(" | ") for line in lines if line]
+    assert [row[:2] for row in rows] == [["| off", ""], ["| high", "default"], ["| low", "chosen"]]
+    column = {name.strip("| "): i for i, name in enumerate(head)}
+    assert rows[0][column["exact, %"]] == "50.0" and rows[1][column["exact, %"]].startswith("+50.0 [")
+    assert [row[column["changed, %"]] for row in rows[1:]] == ["25.0", "50.0"]
+    assert [row[column["JSD there"]] for row in rows[1:]] == ["0.400", "0.100"]
+    assert rows[1][-1] == "100.0 |"
+    # Gained at 0.1 (low) and 0.4 (high), lost at 0.1 (low): a tie counts one half.
+    assert methods.foretold(test, "describe", ["high", "low"])[0] == pytest.approx(0.75)
