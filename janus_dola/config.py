@@ -101,11 +101,13 @@ class Method(NamedTuple):
         name: A key of `METHODS`.
         top_k: SLED's k.
         dynamic: Whether M is selected by the JSD.
+        exits: The places of its first candidate and past its last among the exits: it reads no others.
     """
 
     name: str
     top_k: int
     dynamic: bool
+    exits: tuple[int, int]
 
 
 class Rows(NamedTuple):
@@ -150,9 +152,10 @@ def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int]
     exits = tuple(sorted(set().union(*own)) if layers is None else layers)
     candidates = torch.tensor([[j in each for j in exits] for each in own], dtype=torch.bool)
     strength = [getattr(config, METHODS[config.method][0]) if METHODS[config.method] else 0.0 for config in on]
+    places = [row.nonzero().flatten().tolist() or [0, -1] for row in candidates]
     several = (candidates.sum(-1) > 1).tolist()
     methods = [
-        Method(config.method, config.sled_top_k, config.method == "dola" and more)
-        for config, more in zip(on, several, strict=True)
+        Method(config.method, config.sled_top_k, config.method == "dola" and more, (place[0], place[-1] + 1))
+        for config, more, place in zip(on, several, places, strict=True)
     ]
     return Rows(exits, candidates, torch.tensor(strength, dtype=torch.float64), methods)

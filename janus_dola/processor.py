@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,49 +105,69 @@ class DoLaLogitsProcessor(LogitsProcessor):
         self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
         self.changes_nothing = rows.changes_nothing  # the baseline bit for bit, traced or not
         if record is not None:  # it shows the JSD of every row
-            rows = rows._replace(methods=[method._replace(dynamic=True) for method in rows.methods])
+            every = (0, len(rows.layers))
+            rows = rows._replace(methods=[method._replace(dynamic=True, exits=every) for method in rows.methods])
         self.rows = rows
+        self.parts: list[tuple[Method, slice | Tensor]] = []  # the rows that are read together
+        self.order: Tensor | None = None  # each row's place in their sequence, if it is another
         self.graphs = graphs if record is None else None  # a record keeps more than log p̂
-        self.lent: dict[int, tuple[Any, GraphedFormulas]] = {}  # key and graph, by the first row that it is for
+        self.lent: dict[int, tuple[Any, GraphedFormulas]] = {}  # key and graph, by the part that it is for
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
         self.rows = expand(self.rows, len(scores) // len(self.rows.methods), scores)  # the first step tells how many
         exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
-        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if scores.device.type == "cpu" else len(scores)
-        parts = [self._step(part, scores, exits, final) for part in self._parts(n)]
-        log_qN, log_p, M_index, jsd = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        if self.record is not None:
+        if not self.parts:
+            self._part(exits)
+        parts = [self._step(i, scores, exits, final) for i in range(len(self.parts))]
+        if self.record is None:
+            log_p = self._together([part[1] for part in parts])
+        else:
+            log_qN, log_p, M_index, jsd = map(self._together, zip(*parts, strict=True))
             self.record(input_ids, log_qN, log_p, M_index, jsd)
         if self.changes_nothing:
             return scores
         return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
 
-    def _parts(self, n: int) -> Iterator[slice]:
-        """Runs of rows of one method, at most n long."""
-        start = 0
-        for _, run in groupby(self.rows.methods):
-            end = start + len(list(run))
-            yield from (slice(first, min(first + n, end)) for first in range(start, end, n))
-            start = end
+    def _part(self, exits: Tensor) -> None:
+        """Puts the rows of a method together, on the CPU some at a time; each then reads its own exits alone."""
+        by_method: dict[Method, list[int]] = {}
+        for row, method in enumerate(self.rows.methods):
+            by_method.setdefault(method, []).append(row)
+        for method, rows in by_method.items():
+            elements = (method.exits[1] - method.exits[0]) * exits.shape[-1]  # of a row
+            n = max(1, CPU_CHUNK // max(1, elements)) if exits.device.type == "cpu" else len(rows)
+            for own in (rows[start : start + n] for start in range(0, len(rows), n)):
+                consecutive = own[-1] - own[0] == len(own) - 1
+                part = slice(own[0], own[-1] + 1) if consecutive else torch.tensor(own, device=exits.device)
+                self.parts.append((method, part))
+        sequence = [row for rows in by_method.values() for row in rows]
+        if sequence != sorted(sequence):
+            self.order = torch.tensor(sequence).argsort().to(exits.device)
 
-    def _step(self, part: slice, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
-        method, logits, backend = self.rows.methods[part.start], scores[part], self.backend()
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        """What was made of the parts, row by row."""
+        together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return together if self.order is None else together[self.order]
+
+    def _step(self, i: int, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
+        (method, rows), backend = self.parts[i], self.backend()
+        logits, own = scores[rows], slice(*method.exits)
         if self.beams and method.name == "sled":  # it compares logits of layers: a constant matters to it alone
-            logits = logits + final[part].to(logits).logsumexp(-1, keepdim=True)
-        arguments = logits, exits[part], self.rows.candidates[part], self.rows.strength[part], method
+            logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
+        arguments = logits, exits[:, own][rows], self.rows.candidates[:, own][rows], self.rows.strength[rows], method
         if backend is not None:
             return compiled_formulas(backend)(*arguments)
         if scores.device.type != "cuda" or self.graphs is None:
             return formulas(*arguments)
-        if part.start in self.lent:
-            return self.lent[part.start][1](*arguments[:2])
+        if i in self.lent:
+            return self.lent[i][1](*arguments[:2])
         key = (scores.device, *((tensor.shape, tensor.dtype) for tensor in arguments[:3]), method)
         try:
             graph = self.graphs.setdefault(key, []).pop()
         except IndexError:
             graph = GraphedFormulas(*arguments)
-        self.lent[part.start] = key, graph
+        self.lent[i] = key, graph
         return graph(*arguments[:4])
 
     def give_back(self) -> None:

@@ -60,7 +60,6 @@ def score_continuations(
     by_config = by_row([config] if configs is None else configs, len(model.get_decoder().layers))
     candidates, strength = by_config.candidates.to(ids.device), by_config.strength.to(ids.device, torch.float32)
     dynamic = any(method.dynamic for method in by_config.methods)
-    spans = [_span(row) for row in by_config.candidates]
     phi = _readout(model)
 
     result = torch.zeros(len(by_config.methods), *ids.shape, device=ids.device)  # [configs, rows, T]
@@ -74,17 +73,11 @@ def score_continuations(
         logits = phi(hidden[part]).to(ids.device)  # [c, J + 1, V]
         reading = read(logits[:, -1], logits[:, :-1], dynamic)
         for i, method in enumerate(by_config.methods):
-            own = _part(reading, spans[i])
-            each = candidates[i, spans[i]].expand(len(tokens), -1), strength[i].expand(len(tokens))
-            log_p = choose(own, *each, method.name, method.top_k)[0].gather(1, tokens).squeeze(1)  # [c]
+            own = slice(*method.exits)
+            each = candidates[i, own].expand(len(tokens), -1), strength[i].expand(len(tokens))
+            log_p = choose(_part(reading, own), *each, method.name, method.top_k)[0].gather(1, tokens).squeeze(1)  # [c]
             result[i, rows[part], positions[part]] = log_p.masked_fill(log_p == -torch.inf, apc_floor).to(result)
     return result[0] if configs is None else result
-
-
-def _span(candidates: Tensor) -> slice:
-    """From the first to the last of a row's candidates, bool [J]: the exits of other rows would only cost time."""
-    places = candidates.nonzero().flatten().tolist()
-    return slice(places[0], places[-1] + 1) if places else slice(0)
 
 
 def _part(reading: Reading, exits: slice) -> Reading:

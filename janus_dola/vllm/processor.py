@@ -64,14 +64,15 @@ class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
         if ctx is not None:  # V2 does not tell who went: whoever decoded now probably goes on
             EXITS.wanted = True
         exits = EXITS.take()[first : first + len(logits)]  # [rows, J, V]
-        n = max(1, CPU_CHUNK // max(1, exits[0].numel())) if logits.device.type == "cpu" else len(logits)
         for method, members in by_method.items():
+            read = slice(*method.exits)
+            n = max(1, CPU_CHUNK // max(1, exits[0, read].numel())) if logits.device.type == "cpu" else len(logits)
             for chunk in (members[i : i + n] for i in range(0, len(members), n)):
                 own = [self.requests[slots[row]] for row in chunk]
-                candidates = torch.cat([rows.candidates for rows in own]).to(logits.device)
+                candidates = torch.cat([rows.candidates[:, read] for rows in own]).to(logits.device)
                 strength = torch.cat([rows.strength for rows in own]).to(logits)
                 index = torch.tensor(chunk, device=logits.device)
-                logits[index] = formulas(logits[index], exits[index], candidates, strength, method)[1]
+                logits[index] = formulas(logits[index], exits[index, read], candidates, strength, method)[1]
         return logits
 
     def _rows(self, params: Any) -> Rows | None:

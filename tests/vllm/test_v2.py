@@ -67,7 +67,7 @@ class Step:
         """Log p̂ of a row by itself."""
         h = self.hidden[row].view(-1, D)
         rows = by_row([config], LAYERS, EXIT_LAYERS)
-        method, top_k, _ = rows.methods[0]
+        method, top_k, *_ = rows.methods[0]
         reading = read(logits[row : row + 1], (2 * h[1:] @ self.head)[None])
         return choose(reading, rows.candidates, rows.strength.float(), method, top_k)[0][0]
 
