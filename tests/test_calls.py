@@ -16,7 +16,7 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.config import by_row
 from janus_dola.dola_runtime import log_softmax, read
 from janus_dola.exits import ExitView
-from janus_dola.methods import choose
+from janus_dola.methods import METHODS, choose
 from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.trace import Recorder
 
@@ -127,6 +127,22 @@ def test_without_any_exit_that_is_finite_there_is_nothing_to_subtract(
         log_p, M_index = choose(reading, torch.ones(3, J, dtype=torch.bool), torch.zeros(3))
         assert M_index[1] == J and (M_index[[0, 2]] < J).all()  # J stands for the final layer
         assert torch.equal(log_p[1], reading.log_qN[1]) and not log_p.isnan().any()
+
+
+def test_rows_are_read_with_those_of_their_method_and_their_exits_alone() -> None:
+    """In any order of rows, more than fit a chunk: bit for bit what each gets by itself, whatever other exits hold."""
+    configs = [DoLaConfig(method=method, bucket_id=i) for i in (0, 2) for method in METHODS]
+    configs = [DoLaConfig(candidate_layers=[]), *configs, *reversed(configs)] * 2
+    rows = by_row(configs, 12)
+    torch.manual_seed(0)
+    exits, final = 3 * torch.randn(len(configs), len(rows.layers), 2**15), 3 * torch.randn(len(configs), 2**15)
+    ids = torch.zeros(len(configs), 1, dtype=torch.long)
+    got = DoLaLogitsProcessor(lambda: (exits, final), rows, -torch.inf)(ids, final)
+    for i, config in enumerate(configs):
+        alone = by_row([config], 12)
+        own = exits[i : i + 1, [rows.layers.index(layer) for layer in alone.layers]]
+        one = DoLaLogitsProcessor(lambda own=own, i=i: (own, final[i : i + 1]), alone, -torch.inf)
+        assert torch.equal(got[i : i + 1], one(ids[:1], final[i : i + 1]))
 
 
 def test_a_row_whose_final_logits_are_nan_is_its_own_affair(model: Any, prompt: dict[str, Any]) -> None:
