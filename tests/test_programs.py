@@ -220,10 +220,14 @@ def janus_dola(*arguments: str, first: str = "", **how: Any) -> subprocess.Popen
         ("help", 0, r"(?s)Asks a Janus model.*\nprograms: answer, calibrate, draw, export, report, web.*", ""),
     ],
 )
-def test_words_that_are_no_keys(argument: str, code: int, out: str, err: str) -> None:
-    with janus_dola(argument) as process:
-        said = process.communicate(timeout=60)
-    assert process.returncode == code and re.fullmatch(out, said[0]) and re.fullmatch(err, said[1]), said
+def test_words_that_are_no_keys(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any, argument: str, code: int, out: str, err: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["janus-dola", argument])
+    with pytest.raises(SystemExit) as exit_:
+        sys.exit(programs.main())  # type: ignore[func-returns-value]  # as the console script does
+    said = capfd.readouterr()
+    assert (exit_.value.code or 0) == code and re.fullmatch(out, said.out) and re.fullmatch(err, said.err), said
 
 
 def test_what_is_said_without_a_model_does_not_import_torch() -> None:
