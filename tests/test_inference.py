@@ -51,9 +51,10 @@ def test_dola_keys_reach_the_wrapper(capsys: Any, model: Any, expected: dict[str
         (["candidate_layers=[5,17]"], DoLaConfig(candidate_layers=[5, 17])),
     ):
         ids = DoLaJanusWrapper(model, config).generate(
-            **prompt, max_new_tokens=24, do_sample=False, eos_token_id=481, pad_token_id=481
+            **prompt, max_new_tokens=12, do_sample=False, eos_token_id=481, pad_token_id=481
         )
-        assert answer(capsys, *overrides) == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+        few = "generation.max_new_tokens=12"
+        assert answer(capsys, few, *overrides) == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
 
 def test_image_as_list_as_data_url_and_in_a_conversation(capsys: Any) -> None:

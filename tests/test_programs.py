@@ -153,17 +153,18 @@ def test_the_wheel(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {options.NO_MODEL}\n")
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoint with a NaN in its head."""
     from janus.models import MultiModalityCausalLM, VLChatProcessor
 
     model = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     with torch.no_grad():
         model.language_model.lm_head.weight[77, 3] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    VLChatProcessor.from_pretrained(CHECKPOINT).save_pretrained(str(tmp_path / "broken"))
-    return tmp_path / "broken"
+    folder = tmp_path_factory.mktemp("broken")
+    model.save_pretrained(folder)
+    VLChatProcessor.from_pretrained(CHECKPOINT).save_pretrained(str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("use_dola_lm", [True, False])

@@ -110,6 +110,8 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
     wrapper = DoLaJanusWrapper(model, DoLaConfig(alpha=0.9))  # of no row
     details = kind | {"return_dict_in_generate": True, "output_scores": True}
 
+    prompt = prompt | {"max_new_tokens": 6}
+
     def ask(**more: Any) -> Any:
         torch.manual_seed(0)
         return wrapper.generate_with_dola(**(prompt | details | more))
@@ -138,7 +140,7 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
 @pytest.mark.parametrize("how", [{}, {"length_penalty": 0.0}, {"length_penalty": -1.0}, {"do_sample": True}], ids=str)
 def test_dead_beams_score_minus_infinity(model: Any, prompt: dict[str, Any], how: dict[str, Any]) -> None:
     """V_head of alpha 1 leaves one answer: they were repeats and fragments, at -1e9 divided by the length penalty."""
-    wrapper = DoLaJanusWrapper(model)
+    wrapper, prompt = DoLaJanusWrapper(model), prompt | {"max_new_tokens": 6}
     two = {name: value[:2] if isinstance(value, torch.Tensor) else value for name, value in prompt.items()} | how
     beams = {"num_beams": 4, "num_return_sequences": 4}
     scored = {"return_dict_in_generate": True, "output_scores": True}
