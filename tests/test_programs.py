@@ -226,7 +226,7 @@ def test_words_that_are_no_keys(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["janus-dola", argument])
     with pytest.raises(SystemExit) as exit_:
-        sys.exit(programs.main())  # type: ignore[func-returns-value]  # as the console script does
+        sys.exit(programs.main())  # as the console script does
     said = capfd.readouterr()
     assert (exit_.value.code or 0) == code and re.fullmatch(out, said.out) and re.fullmatch(err, said.err), said
 
