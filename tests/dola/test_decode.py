@@ -482,7 +482,7 @@ def test_the_model_is_as_it_was(model: Any, prompt: dict[str, Any], error: type[
                 raise error
             return scores
 
-    wrapper = DoLaJanusWrapper(model)
+    wrapper, prompt = DoLaJanusWrapper(model), prompt | {"max_new_tokens": 6}
     want = wrapper.generate(**prompt)
     before, given = state(model), {name: prompt[name].clone() for name in ("inputs_embeds", "attention_mask")}
     looks = []
