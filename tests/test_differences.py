@@ -6,7 +6,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,15 +55,13 @@ def at_a_terminal(run: Callable[[TextIO, TextIO], Any]) -> tuple[str, str]:
         termios.tcsetwinsize(end, (24, 100))
     with open(pairs[0][1], "w") as out, open(pairs[1][1], "w") as err:
         run(out, err)
-        out.flush()
-        err.flush()
-        for ours, _ in pairs:
-            os.set_blocking(ours, False)
-            try:
-                shown.append(os.read(ours, 1 << 16).decode())
-            except BlockingIOError:
-                shown.append("")
-            os.close(ours)
+    for ours, _ in pairs:
+        text = b""
+        with suppress(OSError):  # which is how a terminal ends, once all that was written to it has been read
+            while part := os.read(ours, 1 << 16):
+                text += part
+        os.close(ours)
+        shown.append(text.decode())
     return shown[0].replace("\r\n", "\n"), shown[1]
 
 
