@@ -1,5 +1,7 @@
 # `make demo` and `make test` set up everything they need in .venv, from the versions in constraints.txt.
 PYTHON ?= python3
+# Bytecode is kept, whatever the environment says: otherwise each process compiles thousands of files for itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo serve serve-transformers web test lint test-floor test-interop test-ray test-eval test-serve test-web test-vllm clean
 

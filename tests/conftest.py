@@ -5,18 +5,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only wait for each other on models as small as these
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # where a model is on the hub, whether it has files is looked up there
 
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+
+# Nothing here imports torch or transformers before a test runs: pytest-xdist's own process, which runs none, would wait
+# seconds for it, and only then start those that do.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "tiny_janus"
@@ -24,27 +25,14 @@ EOS = 481
 CASES: dict[str, Any] = json.loads((GOLDEN / "expected" / "expected.json").read_text(encoding="utf-8"))["cases"]
 
 
-class StandIn(nn.Module):
-    """The part of a Janus model that janus_dola needs, for transformers 4, where our janus does not import."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))["language_config"]
-        self.language_model = LlamaForCausalLM(LlamaConfig(**config))
-        weights = load_file(CHECKPOINT / "model.safetensors")
-        prefix = "language_model."
-        self.language_model.load_state_dict(
-            {name.removeprefix(prefix): weight.float() for name, weight in weights.items() if name.startswith(prefix)}
-        )
-
-    def prepare_inputs_embeds(self, input_ids: Tensor) -> Tensor:
-        return self.language_model.get_input_embeddings()(input_ids)
-
-
 def load_model() -> Any:
     """The golden checkpoint in float32: through our janus, or as the stand-in where transformers is older than 5."""
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if int(version("transformers").split(".")[0]) < 5:
+        from stand_in import StandIn
+
         return StandIn().eval()
+    import torch
+
     from janus.models import MultiModalityCausalLM
 
     return MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
@@ -72,13 +60,15 @@ def processor() -> Any:
 
 
 @pytest.fixture(scope="session")
-def expected() -> dict[str, Tensor]:
+def expected() -> "dict[str, Tensor]":
     """Keys are CASE/NAME."""
+    from safetensors.torch import load_file
+
     return load_file(GOLDEN / "expected" / "expected.safetensors")
 
 
 @pytest.fixture(scope="session")
-def prompt(expected: dict[str, Tensor]) -> dict[str, Any]:
+def prompt(expected: "dict[str, Tensor]") -> dict[str, Any]:
     """Arguments of `generate`: a left-padded batch of 3, greedy, 12 new tokens."""
     return {
         "inputs_embeds": expected["batch_left_padded/inputs_embeds"],

@@ -211,7 +211,7 @@ def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(t
         deadline = time.monotonic() + 300
         while not beside.exists() or (wanted and out.read_bytes().count(b"\n") < wanted):
             assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.005)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -344,7 +344,7 @@ def ask_for_too_much(device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, device: str) -> None:
     lines = golden_lines()
-    want = ask(lines, "whole.jsonl", 8)
+    want = ask(lines, "whole.jsonl", 8, max_new_tokens=4)
     rows: list[int] = []
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
@@ -355,7 +355,7 @@ def test_out_of_memory_halves_the_batch(ask: Any, model: Any, capsys: Any, devic
 
     handle = model.language_model.model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        assert ask(lines, "small.jsonl", 8) == want
+        assert ask(lines, "small.jsonl", 8, max_new_tokens=4) == want
     finally:
         handle.remove()
     assert rows == [8, 4, 2, 2, 2, 2, 2, 2, 1]

@@ -268,23 +268,37 @@ def test_a_processor_of_other_sizes_than_the_vision_tower(
     assert message in fails(answer_program.run, *arguments)
 
 
-@pytest.mark.parametrize("file", ["janus/__init__.py", "janus.py"])
-def test_another_package_of_the_name_janus(tmp_path: Path, file: str) -> None:
-    """The registry's is an async queue."""
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("class Queue: pass\n", encoding="utf-8")
-    # An editable install of ours would find the submodules of theirs.
-    code = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+def test_another_package_or_module_of_the_name_janus(tmp_path: Path) -> None:
+    """The registry's is an async queue. Both in one process, as importing takes seconds."""
+    for file in ("package/janus/__init__.py", "module/janus.py"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("class Queue: pass\n", encoding="utf-8")
+    code = """
+import sys
+# An editable install of ours would find the submodules of theirs.
+sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]
+from janus_dola.programs import main
+for folder in ("package", "module"):
+    sys.path.insert(0, folder)
+    sys.modules.pop("janus", None)
+    try:
+        main()
+    except SystemExit as exit_:
+        print(exit_.code, sys.modules["janus"].__file__)
+"""
     result = subprocess.run(
-        [sys.executable, "-c", f"{code}from janus_dola.programs import main; main()", *TEXT, "question=What?"],
+        [sys.executable, "-c", code, *TEXT, "question=What?"],
         capture_output=True,
         text=True,
         check=False,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"error: janus\.\w+ is missing: the package 'janus' here is another one .*\n", result.stderr)
+    assert result.stdout.splitlines() == [
+        f"2 {tmp_path / file}" for file in ("package/janus/__init__.py", "module/janus.py")
+    ], result.stderr
+    line = r"error: janus\.\w+ is missing: the package 'janus' here is another one .*\n"
+    assert re.fullmatch(line * 2, result.stderr)
 
 
 def test_code_beside_the_weights_is_not_run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

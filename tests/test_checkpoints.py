@@ -43,8 +43,11 @@ def assert_same_weights(got: Any, want: Any) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize("layout", ["safetensors-1", "safetensors-2", "bin-1", "bin-2"])
-@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "auto"),
+    [(layout, False) for layout in ("safetensors-1", "safetensors-2", "bin-1", "bin-2")]
+    + [("safetensors-2", True), ("bin-1", True)],
+)
 def test_layouts(model: Any, expected: dict[str, Tensor], tmp_path: Path, layout: str, auto: bool) -> None:
     folder = write(tmp_path, layout, WEIGHTS)
     if auto:
@@ -471,16 +474,20 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_config_that_describes_more_than_is_stored(
     layouts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, part: str, change: dict[str, Any]
 ) -> None:
-    """Nothing is built that takes memory, of which, or of patience, the end would be seen first."""
+    """Nothing is built that takes memory, of which, or of patience, the end would be seen first.
+
+    A number of layers and a shape are held against every layout, by each class; the others against one.
+    """
     build_on_meta_alone(monkeypatch)
     key, value = next(iter(change.items()))
     deep = key in ("num_hidden_layers", "layers", "depth")
     message = rf"config\.json: {part}\.(params\.)?{key} must be at most .* got {value}$" if deep else SHAPE
-    for folder in layouts.values():
+    every = (part, key) in (("language_config", "num_hidden_layers"), ("language_config", "vocab_size"))
+    for folder in layouts.values() if every else [layouts["safetensors-1"]]:
         written = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
         written[part] |= change if part == "language_config" else {"params": written[part]["params"] | change}
         (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
-        for cls in (MultiModalityCausalLM, AutoModelForCausalLM):
+        for cls in (MultiModalityCausalLM, AutoModelForCausalLM) if every else [MultiModalityCausalLM]:
             with pytest.raises(ValueError, match=message):
                 cls.from_pretrained(folder)
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, CHECKPOINT, EOS, GOLDEN, StandIn
+from conftest import CASES, CHECKPOINT, EOS, GOLDEN
 from PIL import Image
+from stand_in import StandIn
 from torch import Tensor
 from transformers import TextIteratorStreamer
 

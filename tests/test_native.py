@@ -180,12 +180,12 @@ def test_the_batch_run_and_calibration_do_so_too(capsys: Any, folder: Path, tmp_
     answers = ["There are three shapes. In the top", "No, there is no red circle in the image."]
     lines = [line | {"answer": answer} for line, answer in zip(asked, answers, strict=True)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    outputs = []
+    outputs, few = [], "generation.max_new_tokens=12"
     for name, model_path in (("published", DEMO), ("native", folder)):
         output = tmp_path / f"{name}.jsonl"
-        given = [f"prompts={tmp_path / 'prompts.jsonl'}", f"output={output}", "compare=true"]
+        given = [f"prompts={tmp_path / 'prompts.jsonl'}", f"output={output}", "compare=true", few]
         run(capsys, model_path, *given)
-        common = [f"model_path={model_path}", "device=cpu", "generation.max_new_tokens=12"]
+        common = [f"model_path={model_path}", "device=cpu", few]
         calibrate.run([*common, f"data={tmp_path / 'data.jsonl'}", f"output={tmp_path / name}.yaml"])
         results = json.loads((tmp_path / f"{name}.json").read_text())["table"]
         outputs.append((output.read_text(), results))

@@ -153,17 +153,18 @@ def test_the_wheel(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {options.NO_MODEL}\n")
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoint with a NaN in its head."""
     from janus.models import MultiModalityCausalLM, VLChatProcessor
 
     model = MultiModalityCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     with torch.no_grad():
         model.language_model.lm_head.weight[77, 3] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    VLChatProcessor.from_pretrained(CHECKPOINT).save_pretrained(str(tmp_path / "broken"))
-    return tmp_path / "broken"
+    folder = tmp_path_factory.mktemp("broken")
+    model.save_pretrained(folder)
+    VLChatProcessor.from_pretrained(CHECKPOINT).save_pretrained(str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("use_dola_lm", [True, False])
@@ -220,10 +221,14 @@ def janus_dola(*arguments: str, first: str = "", **how: Any) -> subprocess.Popen
         ("help", 0, r"(?s)Asks a Janus model.*\nprograms: answer, calibrate, draw, export, report, web.*", ""),
     ],
 )
-def test_words_that_are_no_keys(argument: str, code: int, out: str, err: str) -> None:
-    with janus_dola(argument) as process:
-        said = process.communicate(timeout=60)
-    assert process.returncode == code and re.fullmatch(out, said[0]) and re.fullmatch(err, said[1]), said
+def test_words_that_are_no_keys(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any, argument: str, code: int, out: str, err: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["janus-dola", argument])
+    with pytest.raises(SystemExit) as exit_:
+        sys.exit(programs.main())  # as the console script does
+    said = capfd.readouterr()
+    assert (exit_.value.code or 0) == code and re.fullmatch(out, said.out) and re.fullmatch(err, said.err), said
 
 
 def test_what_is_said_without_a_model_does_not_import_torch() -> None:

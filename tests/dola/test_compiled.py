@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(
 ON, OFF = DoLaConfig(candidate_layers=[1, 2, 3]), DoLaConfig(use_dola_lm=False)
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
-    "two of each": {"do_sample": True, "num_return_sequences": 2},
+    "sampling, two of each": {"do_sample": True, "temperature": 1.3, "top_k": 20, "num_return_sequences": 2},
 }
 
 

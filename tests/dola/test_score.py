@@ -34,7 +34,7 @@ def wrapper(model: Any) -> DoLaJanusWrapper:
     return DoLaJanusWrapper(model, CONFIGS[2])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompts(model: Any, prompt: dict[str, Any]) -> dict[str, Tensor]:
     """A left-padded batch of 3; right-padded continuations of 6, 4 and 1 tokens, most of them the model's own."""
     torch.manual_seed(0)

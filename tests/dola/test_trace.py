@@ -88,10 +88,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layers", ["candidates", "all"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [(kind, "candidates") for kind in KINDS] + [(kind, "all") for kind in ("greedy", "beams, three of each")],
+)
 def test_equals_full_forwards(wrapper: DoLaJanusWrapper, prompt: dict[str, Any], kind: str, layers: Any) -> None:
-    arguments = prompt | KINDS[kind]
+    arguments = prompt | KINDS[kind] | {"max_new_tokens": 8}
     torch.manual_seed(0)
     plain = wrapper.generate_with_dola(**arguments)
     trace = DoLaTrace(layers)
@@ -134,7 +136,7 @@ def test_a_row_at_a_time_is_all_rows_at_once(
     arguments: dict[str, Any],
 ) -> None:
     wrapper = DoLaJanusWrapper(model, config)
-    arguments = prompt | arguments | {"return_dict_in_generate": True, "output_scores": True}
+    arguments = prompt | arguments | {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 6}
     results = []
     for chunk in (processor_module.CPU_CHUNK, 1):
         monkeypatch.setattr(processor_module, "CPU_CHUNK", chunk)
