@@ -72,8 +72,8 @@ def measure(options: ServeOptions, url: str, clients: int, use_dola_lm: bool) ->
 
 def kind(url: str) -> str:
     """Whose server it is."""
-    owner = next(iter(openai.OpenAI(base_url=url, api_key="none").models.list())).owned_by
-    return owner if owner == "vllm" else "transformers"
+    models = openai.OpenAI(base_url=url, api_key="none").models.list()
+    return "vllm" if any(model.owned_by == "vllm" for model in models) else "transformers"
 
 
 def run(argv: Sequence[str]) -> None:
