@@ -15,8 +15,7 @@ import torch
 import transformers
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from janus_dola.config import DoLaConfig, by_row
-from janus_dola.methods import METHODS
+from janus_dola.config import METHODS, DoLaConfig, by_row
 from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.programs.checkpoint import load, pick_device
 from janus_dola.programs.options import ModelConfig

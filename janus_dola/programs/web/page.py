@@ -20,13 +20,13 @@ from torch import Tensor
 
 from janus.image_generation import build_prompt, generate_images
 from janus.utils.io import load_image
-from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import candidates_in_bucket
+from janus_dola.buckets import candidates_in_bucket
+from janus_dola.config import METHODS, DoLaConfig
 from janus_dola.exits import generating_model
-from janus_dola.methods import METHODS
-from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION, AnswerConfig
+from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION
 from janus_dola.programs.differences import Parts, differences
 from janus_dola.programs.errors import first_line
+from janus_dola.programs.keys import AnswerConfig
 from janus_dola.programs.options import ModelConfig, read_config
 from janus_dola.programs.prompts import IMAGE_TAG, build_conversation, prompt_length
 from janus_dola.programs.web.side_by_side import Turns, answer_both
