@@ -133,6 +133,9 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
     asked = [f"image={IMAGES / 'habit.png'}", f"question={DESCRIBE}", *CPU, "compare=true"]
     ask(page, DESCRIBE, IMAGES / "habit.png")
     first = shown(page)
+    assert (
+        not page.locator("#off, #on").locator("button[aria-label*=Copy i], button[title*=Copy i]").count()
+    )  # of marks
     assert first == cli(capsys, *asked) and first[0] != first[1]
     assert page.locator("#off img").get_attribute("src").endswith("/habit.png")
     for way, parts in zip(("off", "on"), differences(*first), strict=True):
@@ -326,6 +329,24 @@ def settles(steps: Callable[[], int]) -> bool:
         if steps() == before:
             return True
     return False
+
+
+def test_pictures_come_to_the_models_size_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All pictures of a conversation were in memory at once, at their full size."""
+    config = replace(read_config(web.WebConfig, CPU), generation={"max_new_tokens": 2})
+    model, processor = checkpoint.load(config)
+    sizes: list[tuple[int, int]] = []
+    prepare = type(processor).__call__
+
+    def watched(self: Any, **given: Any) -> Any:
+        sizes.extend(image.size for image in given["images"])
+        return prepare(self, **given)
+
+    monkeypatch.setattr(type(processor), "__call__", watched)
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "large.png")
+    turns = build_conversation(config.roles, "What?", [str(tmp_path / "large.png"), str(IMAGES / "one.png")])
+    list(answer_both(model, processor, config, [turns, turns]))
+    assert sizes == [(processor.image_processor.image_size,) * 2] * 2
 
 
 @pytest.mark.parametrize("way", ["closed", "stop", "client"])

@@ -166,7 +166,8 @@ class Page:
                     self.off, self.on = (
                         gr.Chatbot(
                             label=f"DoLa {way}", elem_id=way, elem_classes="column", height=340, min_width=280,
-                            render_markdown=False, buttons=["copy"], placeholder=f"The answer with DoLa {way}",
+                            render_markdown=False, placeholder=f"The answer with DoLa {way}",
+                            buttons=[],  # "copy" copies the tags of a mark
                         )
                         for way in ("off", "on")
                     )  # fmt: skip
