@@ -20,7 +20,7 @@ BASELINE = "off"
 class AnswerConfig(ManyConfig):
     """Asks a Janus model about images, with DoLa on or off: janus-dola [config=FILE] key=value ...
 
-    One question:    janus-dola config=configs/janus_pro_7b.yaml image=cat.png question="What is on the sofa?"
+    One question:    janus-dola config=janus_pro_7b image=cat.png question="What is on the sofa?"
     Off against on:  janus-dola image=cat.png question="What is on the sofa?" compare=true trace=outputs
     Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl compare=true report=REPORT.html
     """
@@ -64,7 +64,7 @@ class CalibrateConfig(ManyConfig):
     Every question is answered with DoLa off and with each method and bucket, DoLa with each alpha; the best is written
     as a config, unless it is not distinguishable from DoLa off, which is then the winner.
 
-        janus-dola calibrate config=configs/janus_pro_7b.yaml data=val.jsonl alphas=[0.1,0.3] output=mine.yaml
+        janus-dola calibrate config=janus_pro_7b data=val.jsonl alphas=[0.1,0.3] output=mine.yaml
     """
 
     data: str = option(
@@ -118,7 +118,7 @@ class CalibrateConfig(ManyConfig):
 class DrawConfig:
     """Draws images: janus-dola draw prompt=TEXT output=FOLDER [config=FILE] key=value ...
 
-        janus-dola draw config=configs/janus_pro_7b.yaml prompt="A red apple on a table" output=apples
+        janus-dola draw config=janus_pro_7b prompt="A red apple on a table" output=apples
 
     What `generation_inference.py`, the published script, does, with its defaults; DoLa is for text alone. From Python:
     `janus.image_generation`.
@@ -153,7 +153,7 @@ class DrawConfig:
 class ExportConfig(DoLaConfig):
     """Writes a checkpoint as transformers' Janus, whose generate is DoLa: janus-dola export out=FOLDER key=value ...
 
-    A model:      janus-dola export out=janus-pro-7b-dola config=configs/janus_pro_7b.yaml alpha=0.1
+    A model:      janus-dola export out=janus-pro-7b-dola config=janus_pro_7b alpha=0.1
     Its server:   transformers serve janus-pro-7b-dola --trust-remote-code
     DoLa alone:   janus-dola export out=dola
                   for any_model.generate(..., custom_generate="dola", trust_remote_code=True)
@@ -199,7 +199,7 @@ class WebConfig(ModelConfig):
     """A page to ask a Janus model, with DoLa off and on side by side: janus-dola web [config=FILE] key=value ...
 
     The demo:          janus-dola web open=true
-    A published model: janus-dola web config=configs/janus_pro_7b.yaml
+    A published model: janus-dola web config=janus_pro_7b
 
     use_dola_lm is not looked at; generation.max_new_tokens is also the most that one may ask for on the page.
     """

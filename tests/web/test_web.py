@@ -411,7 +411,7 @@ def test_draw(slow: Any, url: str, open_page: Any, monkeypatch: pytest.MonkeyPat
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#pictures img").nth(4).wait_for()
     assert open_page(url).get_by_role("tab").count() == 0
-    assert read_config(web.WebConfig, ["config=configs/janus_pro_7b.yaml"]).text_to_image
+    assert read_config(web.WebConfig, ["config=janus_pro_7b"]).text_to_image
 
 
 def test_what_cannot_be_a_page_is_one_line(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
