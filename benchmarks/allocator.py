@@ -1,6 +1,6 @@
 """Why the same arithmetic takes longer in some processes: python -m benchmarks.allocator [rounds=12]
 
-Processes take turns at a step's arithmetic on 1B's vocabulary. Every second one has glibc keep what it freed.
+Processes take turns at a step's arithmetic on 1B's vocabulary. In every second one glibc keeps freed memory.
 """
 
 import os

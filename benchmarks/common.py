@@ -15,8 +15,7 @@ import torch
 import transformers
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from janus_dola.config import DoLaConfig, by_row
-from janus_dola.methods import METHODS
+from janus_dola.config import METHODS, DoLaConfig, by_row
 from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.programs.checkpoint import load, pick_device
 from janus_dola.programs.options import ModelConfig
@@ -113,7 +112,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
             else:
                 for chunk in parameter.data.view(-1).split(len(numbers)):
                     chunk.copy_(numbers[: len(chunk)])
-    model.generation_config.eos_token_id = None  # every run makes all its tokens
+    model.generation_config.eos_token_id = None  # so that no run ends early
     model.generation_config.pad_token_id = 0
     return model
 

@@ -41,7 +41,7 @@ class LatencyOptions(common.Threads):
     Attributes:
         shape: demo (the demo checkpoint), 1b, 7b, tiny.
         batch, beams: Sequences, and beams of each.
-        compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is of the same kind.
+        compiled: Whether the forward pass is compiled, with a static cache; a variant's baseline is compiled if it is.
         layers: J, the number of candidate layers.
         variants: Some of baseline, dola, deco, sled, confident, one call per exit, hidden states; baseline first.
         rounds: Each runs all variants once.
@@ -142,7 +142,7 @@ def decode(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> An
     model, exits = VARIANTS[variant](wrapper.model, layers)
     rows = by_row([DoLaConfig(candidate_layers=list(layers))], wrapper.num_layers)
     logging.set_verbosity_error()  # transformers warns that hidden states are not returned: they are read on their way
-    processor = DoLaLogitsProcessor(lambda: ((read := exits()), read[:, -1]), rows, -math.inf)  # SLED's the last
+    processor = DoLaLogitsProcessor(lambda: ((read := exits()), read[:, -1]), rows, -math.inf)  # the last is SLED's
     return model.generate(logits_processor=[processor], **kwargs)
 
 
@@ -150,7 +150,7 @@ def decode(wrapper: DoLaJanusWrapper, variant: str, J: int, **kwargs: Any) -> An
 
 
 class Clock(StoppingCriteria):
-    """Records when each token is chosen, outside the compiled forward pass. Stops nothing."""
+    """Records when each token is chosen, outside the compiled forward pass. It stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -212,7 +212,7 @@ def measure(options: LatencyOptions, report: Callable[[list[dict[str, Any]]], No
                 bar.set_description(f"{shape} memory {variant}")
                 peaks[workload, variant] = in_fresh_process(peak_memory, options, workload, variant)
                 bar.update()
-            # Only now: two models at once may not fit.
+            # Not earlier: two models at once may not fit.
             device, dtype = common.device_of(shape, options.device, options.dtype)
             model = DoLaJanusWrapper(common.build(shape, device, dtype))
             for workload in workloads:
@@ -236,7 +236,7 @@ def interleave(
     """Times of each variant, one for each round."""
     prompt = common.prompt_for(model, workload, options.prompt)
     for variant in options.variants:  # so that the first round is not colder than the others
-        # A compiled graph is of one length.
+        # A compiled graph has a fixed length.
         length, tokens = (options.prompt, options.tokens) if workload.compiled else (16, 2)
         decode(model, variant, workload.layers, max_new_tokens=tokens, **common.prompt_for(model, workload, length))
     times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in options.variants}

@@ -61,7 +61,7 @@ def generate(wrappers: dict[bool, DoLaJanusWrapper], tokenizer: Any, kind: str, 
     """One generation of a kind."""
     wrapper = wrappers[kind != "off"]
     if kind == "stream":
-        streamer = TextIteratorStreamer(tokenizer, timeout=600)  # if the thread fails, so do we
+        streamer = TextIteratorStreamer(tokenizer, timeout=600)  # an error in the thread is raised here
         one = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
         thread = threading.Thread(target=wrapper.generate, kwargs=one | {"streamer": streamer})
         thread.start()

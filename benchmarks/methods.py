@@ -19,7 +19,7 @@ from demo.evaluate import OFF, Answers, numbered, percent, points, signed
 from demo.evaluate import table as markdown
 from demo.scenes import KINDS, Split
 from janus_dola import DoLaConfig
-from janus_dola.methods import METHODS
+from janus_dola.config import METHODS
 from janus_dola.programs.checkpoint import load
 from janus_dola.programs.engine import Answer
 from janus_dola.programs.measures import RESAMPLES, simultaneous_intervals

@@ -1,7 +1,7 @@
 """Where the time of a decode step goes: python -m benchmarks.profile_step [key=value ...], such as shape=7b layers=8
 
-torch.profiler's time of each part of a step, with DoLa off and on, and how many kernels each part starts. Of a compiled
-forward pass (compiled=true) the parts are not known: the formulas stand beside all the rest.
+torch.profiler's time of each part of a step, with DoLa off and on, and how many kernels each part starts. The parts
+of a compiled forward pass (compiled=true) are not known: the table has the formulas and the rest.
 """
 
 import functools
@@ -86,7 +86,7 @@ def labelled(model: Any, compiled: bool) -> Iterator[list[str]]:
 
 
 class Start(StoppingCriteria):
-    """Starts a profiler once two tokens are chosen. Stops nothing."""
+    """Starts a profiler once two tokens are chosen. It stops nothing."""
 
     def __init__(self, profiler: Any) -> None:
         self.profiler, self.chosen, self.time = profiler, 0, 0.0
@@ -103,7 +103,7 @@ class Start(StoppingCriteria):
 def steps_of(
     model: Any, variant: str, J: int, prompt: dict[str, Any], tokens: int, compiled: bool
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds and operations of each part, a step: the mean of all steps but the prompt's and the one after it."""
+    """Milliseconds and operations of each part per step: the mean of all but the prompt's and the one after it."""
     cuda = model.device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
     if compiled:  # now, not under the profiler

@@ -1,4 +1,4 @@
-"""Requests a minute of servers of a folder of janus-dola export: python -m benchmarks.serve urls=[URL,...] model=FOLDER
+"""Requests per minute of servers of a janus-dola export: python -m benchmarks.serve urls=[URL,...] model=FOLDER
 
 Clients ask one question about one picture, each again as soon as it has its answer, with DoLa off and on by turns, and
 one server after the other: vLLM's, or transformers'.
@@ -51,7 +51,7 @@ class ServeOptions:
 
 
 def measure(options: ServeOptions, url: str, clients: int, use_dola_lm: bool) -> float:
-    """Requests a minute."""
+    """Requests per minute."""
     picture = "data:image/png;base64," + base64.b64encode(Path(options.image).read_bytes()).decode()
     content: Any = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": options.question}]
     client = openai.OpenAI(base_url=url, api_key="none")
@@ -71,7 +71,7 @@ def measure(options: ServeOptions, url: str, clients: int, use_dola_lm: bool) ->
 
 
 def kind(url: str) -> str:
-    """Whose server it is."""
+    """Which server it is."""
     models = openai.OpenAI(base_url=url, api_key="none").models.list()
     return "vllm" if any(model.owned_by == "vllm" for model in models) else "transformers"
 

@@ -1,4 +1,4 @@
-"""Answers a minute of the programs' engine: python -m benchmarks.throughput [key=value ...], such as shape=1b tokens=8
+"""Answers per minute of the programs' engine: python -m benchmarks.throughput [key=value ...], such as shape=1b
 
 Questions about scenes of the demo's test set, in batches, each question under 1, 2 and 8 configurations, as a file of
 prompts, `compare` and calibrate ask. The runs interleave with rotating order, as in `benchmarks.latency`.
@@ -94,7 +94,7 @@ def answer(
     batch: int,
     asked: list[DoLaConfig],
 ) -> tuple[list[tuple[Prompt, Outcome]], float]:
-    """What the engine gives for each prompt, the longest first, and answers a minute.
+    """What the engine gives for each prompt, the longest first, and answers per minute.
 
     Raises:
         RuntimeError: A question was not answered.

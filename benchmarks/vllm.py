@@ -1,4 +1,4 @@
-"""Tokens a second of vLLM without the plugin, with it and DoLa off, and with DoLa: python -m benchmarks.vllm shape=1b
+"""Tokens per second of vLLM without the plugin, with it and DoLa off, and with DoLa: python -m benchmarks.vllm shape=1b
 
 Two engines are in this process, vLLM's own LLaMA and the one with exits, of the same shape, with random weights. In
 each round all variants answer the same requests, in an order that rotates.
@@ -55,7 +55,7 @@ class VllmOptions(Threads):
         tokens: Tokens of an answer.
         rounds: Each runs all variants with all numbers of requests.
         compiled: Whether vLLM compiles the decoders.
-        dtype: Of the weights.
+        dtype: The dtype of the weights.
     """
 
     shape: str = "demo"
@@ -102,7 +102,7 @@ def start(config: LlamaConfig, options: VllmOptions, **more: Any) -> LLM:
 
 
 def measure(llm: LLM, options: VllmOptions, requests: int, dola: dict[str, Any] | None) -> float:
-    """Tokens a second, the prompts' forward pass included."""
+    """Tokens per second, the prompts' forward pass included."""
     params = SamplingParams(
         temperature=0, max_tokens=options.tokens, ignore_eos=True, detokenize=False, extra_args=dola
     )

@@ -1,9 +1,9 @@
-"""Draws demo/images: pictures of the test set, and two drawn as no set is, with questions and their exact answers.
+"""Draws demo/images: pictures of the test set, and two unlike those of any set, with questions and their exact answers.
 
     python -m demo.images [--out FOLDER] [--model CHECKPOINT]
 
-questions.json says of each question whether the checkpoint, with DoLa off, answers it exactly right; the tests hold it
-to those.
+questions.json records for each question whether the checkpoint answers it exactly right with DoLa off; the tests check
+that it does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
 
     The first four are scenes of the test set, of three, one, two and four things. `sky.png` has a colored background
     that darkens downwards, `wide.png` is not square: training showed neither.
-    `habit.png` is of a question of the evaluation, picked because there the habit speaks and DoLa takes it away.
+    `habit.png` belongs to a question of the evaluation, picked because the habit shows there and DoLa removes it.
     """
     found: dict[str, tuple[Scene, Image.Image]] = {}
     for name, count in (("scene.png", 3), ("one.png", 1), ("two.png", 2), ("four.png", 4)):
@@ -50,7 +50,7 @@ def pictures() -> dict[str, tuple[Scene, Image.Image]]:
 
 
 def _clear(scene: Scene, count: int) -> bool:
-    """Whether it shows `count` things, all of other colors and, if there are at most three, of other shapes."""
+    """Whether the scene has `count` things of different colors and, if there are at most three, different shapes."""
     things = [item.thing for item in scene.items]
     shapes = {thing.shape for thing in things}
     return len(things) == count == len({thing.colour for thing in things}) and len(shapes) >= min(count, 3)
@@ -67,7 +67,7 @@ def _scene(background: tuple[int, int, int], *items: tuple[str, str, float]) -> 
 
 
 def _darkened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """The picture with its background falling off to three quarters of its light, from top to bottom."""
+    """The picture with a background that darkens to three quarters of its brightness, from top to bottom."""
     result = image.copy()
     for y in range(image.height):
         light = 1 - 0.25 * y / (image.height - 1)

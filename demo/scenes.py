@@ -4,12 +4,12 @@ A scene is one to four colored shapes, at most one in each quarter of a plain ba
 in real photographs some objects keep company: the `companion` of an object in the picture is likely to be there, too,
 which is what makes "Is there ...?" about an absent companion harder than about others (POPE, arXiv 2305.10355).
 
-There are two worlds. In that with the habit, the next thing in reading order is the companion of the last 90 % of the
-time, so that captions alone tell what is usual. In the other, companions are absent more often than not.
-Some of the things lie in fog, where one in four looks like another thing. So an eye has doubts there, and what is usual
-can take the place of what is there.
+There are two worlds. In the one with the habit, the next thing in reading order is the companion of the previous one
+90 % of the time, so that captions alone tell what is usual. In the other, companions are absent more often than not.
+Some of the things lie in fog, where one in four looks like another thing. So the picture leaves doubt there, and
+what is usual can take the place of what is there.
 
-Whether a scene belongs to train, validation or test depends on what it shows alone (see `Scene.split`), so that no two
+Whether a scene belongs to train, validation or test depends only on what it shows (see `Scene.split`), so that no two
 of the sets can share a scene, whatever their seeds.
 """
 
@@ -43,7 +43,7 @@ COLOURS: dict[str, RGB] = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # reading order, also that of a description
 NUMBERS = ("no", "one", "two", "three", "four")
-HABIT = 0.9  # how often, in the world of training, the next thing is the companion of the last
+HABIT = 0.9  # how often, in the training world, the next thing is the companion of the previous one
 FOGGY = 0.3  # how many of the things lie in fog
 MIRAGE = 0.25  # how many of those look like another thing
 
@@ -100,7 +100,7 @@ class Scene:
     def split(self) -> Split:
         """The one set that may show this scene: drawn by a hash of its description, 90 : 5 : 5.
 
-        Size, exact place, shade and background are no part of the description: a test scene is a combination of things
+        Size, exact place, shade and background are not part of the description: a test scene is a combination of things
         and places that training never showed, not merely another drawing of one that it did.
         """
         draw = hashlib.sha256(self.description.encode()).digest()[0] / 256
@@ -157,7 +157,7 @@ def in_fog(scene: Scene, rng: random.Random, foggy: float = FOGGY) -> tuple[Scen
 
 
 def fogged(scene: Scene, side: int, rng: random.Random, foggy: float = FOGGY) -> Image.Image:
-    """That scene as an RGB image of `side` pixels: in fog a cloud of random colors covers the quarter."""
+    """The scene as an RGB image of `side` pixels: in fog a cloud of random colors covers the quarter."""
     seen, density = in_fog(scene, rng, foggy)
     image = seen.render(side)
     cloud = Image.frombytes("RGB", (12, 12), rng.randbytes(12 * 12 * 3)).resize(image.size, Image.Resampling.BICUBIC)
@@ -194,7 +194,7 @@ def sample_scene(split: Split, seed: int, index: int, habit: bool = False) -> Sc
         habit: whether companions keep company by habit, `HABIT` of the time and next in reading order, as in training.
 
     Raises:
-        ValueError: if `split` is none of the three.
+        ValueError: `split` is something else.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -251,7 +251,7 @@ def _where(scene: Scene, rng: random.Random) -> Question | None:
     things = [item.thing for item in scene.items]
     shapes = [thing.shape for thing in things]
     names = {str(i.thing): i.place for i in scene.items if things.count(i.thing) == 1}
-    if rng.random() < 0.3:  # by shape alone, where that tells which
+    if rng.random() < 0.3:  # by shape alone, where that is unambiguous
         names = {i.thing.shape: i.place for i in scene.items if shapes.count(i.thing.shape) == 1}
     if not names:
         return None

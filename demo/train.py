@@ -3,15 +3,15 @@
     python -m demo.train                  # killed, it resumes
     python -m demo.train --out FOLDER --work FOLDER --sight-steps 200 --fresh
 
-It goes in three stages, as multimodal models are made: a language model of text alone is then given sight.
+It goes in three stages, as multimodal models are made: a language model trained on text alone is then given vision.
 
 1. vision: the vision tower and the aligner learn to say, at each image token, what is in that quarter of the picture
-   (as Janus starts from a trained SigLIP). Their pictures have no habit in them. The tower is not trained any more.
+   (as Janus starts from a trained SigLIP). These pictures show no habit. The tower is frozen afterwards.
 2. text: the decoder learns captions and questions without their pictures, from a world in which companions keep
-   company by habit: the prior. Every layer answers, not the last one alone, as in early-exit training (LayerSkip, arXiv
+   company by habit: the prior. Every layer is trained to answer, as in early-exit training (LayerSkip, arXiv
    2404.16710, with all exits at once in place of a schedule).
-3. sight: the same world with its pictures, of which fog hides a part. One step in three is of text alone still, as
-   Janus, too, keeps text among its pictures, or the lower layers forget the prior.
+3. sight: the same world with its pictures, of which fog hides a part. One step in three is still text alone, as Janus
+   also mixes text with pictures; without it the lower layers forget the prior.
 
 From the second stage on, one sequence carries a scene and several questions about it. Behind the image, where there is
 one, the turns lie side by side: each sees the prompt, the image and itself, and its positions go on from the image. So
@@ -75,17 +75,17 @@ DOLA = {"alpha": 0.1, "bucket_id": 0}  # what validation chose, as the checkpoin
 
 @dataclass(frozen=True)
 class Recipe:
-    """What, besides the code, decides the weights that come out.
+    """What determines the trained weights, besides the code.
 
     Attributes:
         seed: Seed for the weights and the lessons.
         vision_steps, text_steps, sight_steps: Optimizer steps of the three stages.
-        text_every: One step in so many of the last stage is of text alone.
+        text_every: In the last stage, one step in `text_every` is text alone.
         layers: Number of decoder layers.
         pictures: Pictures in a step of the first stage.
         scenes: Scenes in a step of the other stages.
         turns: Questions about each of those scenes.
-        peak_lr: Reached after `warmup` steps of a stage; a half cosine takes it to a fiftieth at the stage's last step.
+        peak_lr: Learning rate after `warmup` steps of a stage; a half cosine takes it to a fiftieth at the last step.
         init_std: Standard deviation of the initial linear weights; those that write to the residual stream get less,
             see `new_model`.
         vision_weight: Weight of the first stage's loss in the other steps with pictures.
@@ -160,7 +160,7 @@ def new_processor() -> VLChatProcessor:
 def new_config(vocab_size: int, layers: int) -> MultiModalityConfig:
     """Janus-Pro-7B's shape made small: 30 decoder layers, so that its DoLa buckets are the same.
 
-    The image tokenizer and its head, which this demo does not train, are as small as VQ-16 gets.
+    The image tokenizer and its head, which this demo does not train, are as small as VQ-16 allows.
     """
     return MultiModalityConfig(
         vision_config={
@@ -228,7 +228,7 @@ def new_model(vocab_size: int, layers: int, recipe: Recipe) -> MultiModalityCaus
     tower: VisionTransformer = model.vision_model.vision_tower  # type: ignore[assignment]
     torch.nn.init.normal_(tower.pos_embed, std=recipe.embed_std)
     for part in (model.gen_vision_model, model.gen_aligner, model.gen_head, model.gen_embed):
-        part.requires_grad_(False)  # there for the layout's sake
+        part.requires_grad_(False)  # only the layout needs it
     return model.train()
 
 
@@ -377,7 +377,7 @@ def picture(scene: Scene, index: int, foggy: float = FOGGY) -> Image.Image:
 
 
 def vision_loss(features: Tensor, classify: torch.nn.Module, scenes: Sequence[Scene]) -> Tensor:
-    """How badly each image token tells its quarter of the picture, and the color and the shape that are there.
+    """The loss of telling, from each image token, its quarter of the picture, and the color and shape there.
 
     Args:
         features: What the aligner gives, [B, image tokens, D].
@@ -403,8 +403,8 @@ def vision_step(
 ) -> Tensor:
     """The loss of a step of the first stage."""
     indices = range(step * recipe.pictures, (step + 1) * recipe.pictures)
-    scenes = [sample_scene("train", recipe.seed + 1, index) for index in indices]  # the eye has no habit
-    # Shapes are learned sooner where the air is clear: fog comes in the second quarter of the steps.
+    scenes = [sample_scene("train", recipe.seed + 1, index) for index in indices]  # the vision tower learns no habit
+    # Shapes are learned sooner without fog, which comes in the second quarter of the steps.
     foggy = FOGGY * min(1.0, max(0.0, 4 * step / recipe.vision_steps - 1))
     images = [picture(scene, index, foggy) for scene, index in zip(scenes, indices, strict=True)]
     features = model.aligner(model.vision_model(processor.image_processor(images)["pixel_values"]))
@@ -420,7 +420,7 @@ def text_step(model: MultiModalityCausalLM, batch: Batch) -> Tensor:
 
 
 def sight_step(model: MultiModalityCausalLM, classify: torch.nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """The loss of a step with pictures. The tower keeps what it learned: it is not trained any more."""
+    """The loss of a step with pictures. The tower is frozen."""
     with torch.no_grad():
         seen = model.vision_model(batch.pixel_values)
     features = model.aligner(seen)
@@ -490,11 +490,11 @@ def train(
     """Trains, or resumes from the state in `work`, to the last step, or until `stop_at` steps of all stages are done.
 
     Args:
-        recipe: A state in `work` must be of the same one.
+        recipe: That of the state in `work`, if there is one.
         work: Folder of the state, which is written every `save_every` steps.
 
     Raises:
-        ValueError: if the state in `work` is of another recipe.
+        ValueError: The state in `work` has another recipe.
     """
     work.mkdir(parents=True, exist_ok=True)
     path = work / "state.pt"

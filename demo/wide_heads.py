@@ -28,7 +28,7 @@ def widen(model: MultiModalityCausalLM) -> MultiModalityCausalLM:
     heads, times = text.num_attention_heads, WIDTH // text.head_dim
     turned = torch.arange(text.head_dim // 2) * times
     text.head_dim = WIDTH
-    places = torch.cat([turned, turned + WIDTH // 2])  # of a narrow head's dimensions in a wide one
+    places = torch.cat([turned, turned + WIDTH // 2])  # where a narrow head's dimensions are in a wide one
     rows = (torch.arange(heads).unsqueeze(1) * WIDTH + places).flatten()
     weights = model.state_dict()
     for name, weight in weights.items():

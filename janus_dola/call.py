@@ -15,21 +15,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from janus_dola.config import UNSUPPORTED
+
 # generate's leading positional parameters, the same in transformers 4.48 and 5.
 POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-
-# Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
-UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((None,), "assisted decoding checks several tokens per forward pass"),
-    "prompt_lookup_num_tokens": ((None,), "prompt lookup decoding checks several tokens per forward pass"),
-    "assistant_early_exit": ((None,), "assisted decoding checks several tokens per forward pass"),
-    "use_mtp": ((None, False), "multi-token prediction checks several tokens per forward pass"),
-    "penalty_alpha": ((None, 0, 0.0), "contrastive search re-ranks tokens by hidden states of its own"),
-    "num_beam_groups": ((None, 1), "group beam search scores a part of the rows at a time"),
-    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the model a second time in every step"),
-    "dola_layers": ((None,), "it is another DoLa, that of transformers"),
-    "custom_generate": ((None,), "a custom decoding loop need not apply logits processors"),
-}
 
 
 def check_length(prompt: int, new: int, positions: int, what: str = "new ones (max_new_tokens)") -> None:

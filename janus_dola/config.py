@@ -7,13 +7,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+from janus_dola.buckets import buckets, candidates_in_bucket
 
-from janus_dola.dola_runtime import buckets, candidates_in_bucket
-from janus_dola.methods import CONFIDENT_LAYERS, METHODS
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The keys of `DoLaConfig` that belong to each method, its strength first; Confident has none.
+METHODS: dict[str, tuple[str, ...]] = {
+    "dola": ("alpha",),
+    "deco": ("deco_alpha",),
+    "sled": ("sled_rate", "sled_top_k"),
+    "confident": (),
+}
+CONFIDENT_LAYERS = 10  # the last ones, N among them, as its authors run it
+
+# Arguments of `generate` that cannot work with DoLa, the values that leave them off, and why they cannot.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "assisted decoding checks several tokens per forward pass"),
+    "prompt_lookup_num_tokens": ((None,), "prompt lookup decoding checks several tokens per forward pass"),
+    "assistant_early_exit": ((None,), "assisted decoding checks several tokens per forward pass"),
+    "use_mtp": ((None, False), "multi-token prediction checks several tokens per forward pass"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search re-ranks tokens by hidden states of its own"),
+    "num_beam_groups": ((None, 1), "group beam search scores a part of the rows at a time"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the model a second time in every step"),
+    "dola_layers": ((None,), "it is another DoLa, that of transformers"),
+    "custom_generate": ((None,), "a custom decoding loop need not apply logits processors"),
+}
 
 
 def option(default: Any, about: str) -> Any:
@@ -121,8 +142,8 @@ class Rows(NamedTuple):
     """
 
     layers: tuple[int, ...]
-    candidates: Tensor
-    strength: Tensor
+    candidates: "Tensor"
+    strength: "Tensor"
     methods: list[Method]
 
     @property
@@ -142,6 +163,8 @@ def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int]
     Raises:
         ValueError: There is none, one is something else, or does not fit the model.
     """
+    import torch  # not at the top: --help shows the keys of this module, and torch takes seconds
+
     if not configs or not all(isinstance(config, DoLaConfig) for config in configs):
         raise ValueError(f"configs must be a list of at least one DoLaConfig, got {configs!r}")
     off = DoLaConfig(alpha=0.0, candidate_layers=[])

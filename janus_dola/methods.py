@@ -10,16 +10,8 @@ from torch import Tensor
 
 from janus_dola.dola_runtime import Reading, dola, log_softmax, softmax
 
-# The keys of `DoLaConfig` that belong to each method, its strength first; Confident has none.
-METHODS: dict[str, tuple[str, ...]] = {
-    "dola": ("alpha",),
-    "deco": ("deco_alpha",),
-    "sled": ("sled_rate", "sled_top_k"),
-    "confident": (),
-}
 DECO_K, DECO_P = 20, 0.9  # of all their experiments
 SLED_STEPS = 10  # T
-CONFIDENT_LAYERS = 10  # the last ones, N among them, as its authors run it
 COS_EPS = 1e-6  # cosines up to this count as 0: they are rounding (an exit equal to z_N up to a constant has no others)
 
 

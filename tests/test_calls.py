@@ -13,10 +13,10 @@ from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
-from janus_dola.config import by_row
+from janus_dola.config import METHODS, by_row
 from janus_dola.dola_runtime import log_softmax, read
 from janus_dola.exits import ExitView
-from janus_dola.methods import METHODS, choose
+from janus_dola.methods import choose
 from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.trace import Recorder
 

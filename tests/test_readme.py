@@ -18,7 +18,7 @@ from conftest import CHECKPOINT, GOLDEN
 from helpers import read, write
 
 from janus_dola import programs
-from janus_dola.programs.options import DEFAULT, ModelConfig, read_config
+from janus_dola.programs.options import DEFAULT, PROGRAMS, ModelConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -143,8 +143,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_the_keys_of_programs_are_those_of_the_dataclasses() -> None:
     """All of them, each with its default."""
-    modules = [import_module(f"janus_dola.programs.{name}") for name in programs.PROGRAMS]
-    schemas = [getattr(m, f"{name.capitalize()}Config") for m, name in zip(modules, programs.PROGRAMS, strict=True)]
+    modules = [import_module(f"janus_dola.programs.{name}") for name in PROGRAMS]
+    schemas = [getattr(m, f"{name.capitalize()}Config") for m, name in zip(modules, PROGRAMS, strict=True)]
     given = yaml.safe_load(DEFAULT.read_text(encoding="utf-8"))
     defaults: dict[str, list[Any]] = {}
     for key in (key for schema in schemas for key in fields(schema)):

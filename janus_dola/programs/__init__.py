@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
-
-PROGRAMS = ("answer", "calibrate", "draw", "export", "report", "web")
 
 
 def main() -> None:
@@ -19,30 +18,34 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"janus-dola {version('janus-dola')}")
         return
-    first = sys.argv[1] if sys.argv[1:] else ""
-    if first == "help":
-        sys.argv[1] = "--help"
-    elif first and "=" not in first and not first.startswith("-") and first not in PROGRAMS:
-        near = difflib.get_close_matches(first, PROGRAMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"programs are {', '.join(PROGRAMS)}; --help shows the keys"
-        print(f"error: arguments must be written key=value, got {first!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
-    name = sys.argv.pop(1) if first in PROGRAMS else "answer"
-
-    def run(argv: Sequence[str]) -> int | None:
-        try:
-            program = import_module(f"janus_dola.programs.{name}")
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("janus."):
-                raise
-            raise ImportError(
-                f"{error.name} is missing: the package 'janus' here is another one of that name (the registry's is an "
-                "async queue); install janus-dola in an environment without it"
-            ) from error
-        return program.run(argv)
-
     try:  # the imports take seconds, in which one may have second thoughts
-        from janus_dola.programs.options import run_program
+        from janus_dola.programs.keys import SCHEMAS
+        from janus_dola.programs.options import DEFAULT, ModelConfig, config_files, read_config, run_program
+
+        def run(argv: Sequence[str]) -> int | None:
+            first = argv[0] if argv else ""
+            if first == "help":
+                argv = ["--help", *argv[1:]]
+            elif first and "=" not in first and not first.startswith("-") and first not in SCHEMAS:
+                near = difflib.get_close_matches(first, SCHEMAS, n=1)
+                programs = f"programs are {', '.join(SCHEMAS)}; --help shows the keys"
+                hint = f"did you mean {near[0]!r}?" if near else programs
+                raise ValueError(f"arguments must be written key=value, got {first!r}; {hint}")
+            name, argv = (first, argv[1:]) if first in SCHEMAS else ("answer", argv)
+            schema = SCHEMAS[name]
+            if not any(Path(file).is_fifo() for file in config_files(argv)):  # which the program alone can read
+                # --help and an error in the arguments come before the program's imports.
+                read_config(schema, argv, DEFAULT if issubclass(schema, ModelConfig) else None)
+            try:
+                program = import_module(f"janus_dola.programs.{name}")
+            except ModuleNotFoundError as error:
+                if not (error.name or "").startswith("janus."):
+                    raise
+                raise ImportError(
+                    f"{error.name} is missing: the package 'janus' here is another one of that name (the registry's is "
+                    "an async queue); install janus-dola in an environment without it"
+                ) from error
+            return program.run(argv)
 
         run_program(run)
     except KeyboardInterrupt:

@@ -1,29 +1,24 @@
-"""Asks a Janus model about images, with DoLa on or off: janus-dola [config=FILE] key=value ...
-
-One question:    janus-dola config=configs/janus_pro_7b.yaml image=cat.png question="What is on the sofa?"
-Off against on:  janus-dola image=cat.png question="What is on the sofa?" compare=true trace=outputs
-Many questions:  janus-dola prompts=FILE.jsonl output=ANSWERS.jsonl compare=true report=REPORT.html
-"""
+"""The program `answer`: one question, or a file of prompts. What it does is told by `keys.AnswerConfig`."""
 
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
-from janus_dola.config import DoLaConfig, option
+from janus_dola.config import DoLaConfig
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
 from janus_dola.programs.engine import Outcome, Task, generate_answers, generate_arguments
-from janus_dola.programs.options import CONFIGS, ManyConfig, config_files, read_config
+from janus_dola.programs.keys import AnswerConfig
+from janus_dola.programs.options import CONFIGS, config_files, read_config
 from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, build_conversation, check_prompt, open_images
-from janus_dola.programs.report import check_report, write_report
+from janus_dola.programs.report import write_report
 from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
 from janus_dola.trace import DoLaTrace
@@ -31,42 +26,6 @@ from janus_dola.wrapper import DoLaJanusWrapper
 
 LABELS = ("DoLa off", "DoLa on")
 DEMO_IMAGE, DEMO_QUESTION = CONFIGS.parent / "demo" / "images" / "scene.png", "Describe the image."
-
-
-@dataclass
-class AnswerConfig(ManyConfig):
-    """The keys of the program `answer`; image=PATH stands for a single one of images."""
-
-    images: Any = option([], "paths or data URLs; image=PATH for a single one")
-    image: str | None = option(None, "a single one of images")
-    question: str | None = option(
-        None,
-        "<image_placeholder> marks where an image goes; without any, the images come first",
-    )
-    conversation: Any = option(None, "in place of question: turns with content, role and images, the user's first")
-    compare: bool = option(False, "answer with DoLa off and on, with tokens and seconds per token of each")
-    stream: bool = option(False, "print the answer as it is generated")
-    trace: str | None = option(None, "a folder for trace.jsonl and trace.png: which layers were chosen, and their JSD")
-    prompts: str | None = option(None, "JSON lines: question and images, or conversation; optionally id and DoLa keys")
-    output: str | None = option(None, "JSON lines: id and text, tokens, layers, or id and error; as the answers come")
-    report: str | None = option(None, "a page (.html) of all prompts and answers; with compare, of what DoLa changed")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        images = self.images if self.image is None else self.image
-        self.images = [images] if isinstance(images, str) else images or []
-        if (self.prompts is None) != (self.output is None):
-            raise ValueError(f"prompts and output must be given together, got {self.prompts!r} and {self.output!r}")
-        if self.trace is not None and not find_spec("matplotlib"):
-            raise ValueError("trace needs matplotlib: pip install 'janus-dola[viz]'")
-        check_report(self.report)
-        if self.report is not None and self.prompts is None:
-            raise ValueError(f"report must come with prompts and output, got {self.report!r} alone")
-        if self.engine != "transformers" and self.prompts is None:
-            raise ValueError(f"engine must be transformers for one question, got {self.engine!r}")
-        for key in ("question", "images", "conversation", "stream", "trace"):
-            if self.prompts is not None and (value := getattr(self, key)):
-                raise ValueError(f"prompts and {key} must not both be given, got {self.prompts!r} and {value!r}")
 
 
 class Printer(TextStreamer):

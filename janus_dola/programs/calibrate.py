@@ -1,82 +1,24 @@
-"""Chooses method, bucket and alpha on a validation set: janus-dola calibrate [config=FILE] data=FILE [output=FILE].
-
-Every question is answered with DoLa off and with each method and bucket, DoLa with each alpha; the best is written as a
-config, unless it is not distinguishable from DoLa off, which is then the winner.
-
-    janus-dola calibrate config=configs/janus_pro_7b.yaml data=val.jsonl alphas=[0.1,0.3] output=mine.yaml
-"""
+"""The program `calibrate`: every configuration on a validation set. What it does is told by `keys.CalibrateConfig`."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from janus_dola.config import DoLaConfig, option
-from janus_dola.methods import METHODS
+from janus_dola.config import DoLaConfig
 from janus_dola.programs.engine import Outcome, Task
-from janus_dola.programs.measures import BASELINE, is_right, summarize, yes_or_no
-from janus_dola.programs.options import ManyConfig, config_files, read_config
+from janus_dola.programs.keys import BASELINE, CalibrateConfig
+from janus_dola.programs.measures import is_right, summarize, yes_or_no
+from janus_dola.programs.options import config_files, read_config
 from janus_dola.programs.prompts import Prompt
 from janus_dola.programs.results import check_files, result_files
 from janus_dola.programs.runs import RUN_KEYS, answer_file
 
 OUTPUT = "outputs/calibrated.yaml"
-
-
-@dataclass
-class CalibrateConfig(ManyConfig):
-    """The keys of the program `calibrate`."""
-
-    data: str = option(
-        "",
-        'JSON lines in any of three forms: {"images", "question", "answer"}; {"images", "question", '
-        '"choices", "answer": i}; POPE\'s {"question_id", "image", "text", "label"}, with "category" for '
-        "figures by split; without images a question is text alone",
-    )
-    output: str | None = option(
-        None,
-        "the winner's configuration goes there, the table as JSON and the answers as they come beside it; "
-        "null: outputs/calibrated.yaml",
-    )
-    methods: list[str] = option(
-        list(METHODS),
-        "the methods to try; DeCo and SLED have the strength and the k of their papers",
-    )
-    alphas: list[float] = option([0.1], "values of DoLa's alpha to try")
-    strict: bool = option(False, "whether a bad line stops the run")
-    two_fold: bool = option(
-        False,
-        "whether to choose on one half and report on the other as well, both ways, as the paper does",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.data:
-            raise ValueError("data must name a file of JSON lines, got ''")
-        if not self.alphas:
-            raise ValueError("alphas must hold at least one value, got []")
-        if not self.methods:
-            raise ValueError(f"methods must be some of {', '.join(METHODS)}, got []")
-        self.configurations()  # checks the values
-        if self.output is not None and not self.output.endswith((".yaml", ".yml")):
-            raise ValueError(f"output must end in .yaml, got {self.output!r}")
-
-    def configurations(self) -> dict[str, DoLaConfig]:
-        """What is compared, by name; the baseline first."""
-        named = {BASELINE: DoLaConfig(use_dola_lm=False)}
-        for method, bucket_id in product(dict.fromkeys(self.methods), (0, 1, 2)):
-            for alpha in self.alphas if method == "dola" else ():
-                named[f"bucket {bucket_id}, alpha {alpha:g}"] = DoLaConfig(alpha=alpha, bucket_id=bucket_id)
-            if method == "confident":  # which has layers of its own
-                named[method] = DoLaConfig(method=method)
-            elif method != "dola":
-                named[f"{method}, bucket {bucket_id}"] = DoLaConfig(method=method, bucket_id=bucket_id)
-        return named
 
 
 class Judge(Task):

@@ -1,9 +1,4 @@
-"""Writes a checkpoint as transformers' own Janus, whose generate is DoLa: janus-dola export out=FOLDER key=value ...
-
-A model:      janus-dola export out=janus-pro-7b-dola config=configs/janus_pro_7b.yaml alpha=0.1
-Its server:   transformers serve janus-pro-7b-dola --trust-remote-code
-DoLa alone:   janus-dola export out=dola    for any_model.generate(..., custom_generate="dola", trust_remote_code=True)
-"""
+"""The program `export`: a checkpoint as transformers' own Janus. What it does is told by `keys.ExportConfig`."""
 
 import json
 import os
@@ -11,7 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -32,9 +27,9 @@ from transformers.modeling_utils import load_state_dict
 
 from janus.models.siglip_vit import tower_sizes
 from janus.models.stored_sizes import check_depths, check_shapes, depths, stored_shapes, weight_files
-from janus_dola.config import DoLaConfig, option
 from janus_dola.programs import checkpoint
-from janus_dola.programs.options import DEFAULT, ModelConfig, first_line, read_config, read_yaml
+from janus_dola.programs.keys import ExportConfig
+from janus_dola.programs.options import ModelConfig, first_line, read_config
 
 NATIVE = Path(__file__).parents[1] / "native"
 SHARD = 5 * 10**9  # bytes of a file of weights
@@ -68,24 +63,6 @@ RENAMED = {
     r"mid\.([02])\.": lambda match: f"mid.block_{int(match[1]) // 2 + 1}.",
     r"mid\.1\.": "mid.attn_1.",
 }  # fmt: skip
-
-
-@dataclass
-class ExportConfig(DoLaConfig):
-    """DoLa's keys, which the folder keeps for its generate, and those of the program `export`."""
-
-    out: str = option("", "the folder to write; it must not exist")
-    model_path: str = option(
-        "",
-        "a folder, or a name on the hub, in the published layout; without it DoLa is written alone",
-    )
-    roles: list[str] = option(lambda: ModelConfig().roles, "how the checkpoint's prompts name user and assistant")
-    generation: dict[str, Any] = option(lambda: read_yaml(DEFAULT)["generation"], "defaults of the folder's generate")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.out or os.path.lexists(self.out):
-            raise ValueError(f"out must name a folder that does not exist yet, got {self.out!r}")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -1,14 +1,12 @@
 """Arguments of transformers' `generate`: what each program refuses of them, and why."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from transformers import GenerationConfig
-
-from janus_dola.call import UNSUPPORTED
+from janus_dola.config import UNSUPPORTED
 from janus_dola.programs.errors import first_line, unknown_key
 
-NAMES = tuple(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 # A table for each kind of program: argument -> the values that leave it off, and why it must be left off.
 Refused = Mapping[str, tuple[tuple[Any, ...], str]]
 ALWAYS: Refused = {"return_dict_in_generate": ((None, False), "the answers alone are printed")}
@@ -24,6 +22,18 @@ PAGE: Refused = dict.fromkeys(("num_beams", "num_return_sequences"), ((None, 1),
 POSITIVE = ("max_new_tokens", "num_beams", "num_return_sequences")
 FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty")  # refused as integers
 TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_eos_token_id", "forced_bos_token_id")
+
+
+def generation_config(**arguments: Any) -> Any:
+    from transformers import GenerationConfig  # not at the top: it takes a second, which --help does not need
+
+    return GenerationConfig(**arguments)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The arguments of `generate`."""
+    return tuple(name for name in vars(generation_config()) if not name.startswith("_"))
 
 
 def refuse(generation: Mapping[str, Any], table: Refused, must: str) -> None:
@@ -51,15 +61,15 @@ def check_generation(generation: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A key is unknown, or its value is of another type or out of range.
     """
-    if unknown := [key for key in generation if key not in NAMES]:
-        raise ValueError(unknown_key(unknown[0], NAMES, "generation."))
+    if unknown := [key for key in generation if key not in names()]:
+        raise ValueError(unknown_key(unknown[0], names(), "generation."))
     refuse(generation, ALWAYS, "left off")
     for key in POSITIVE:
         value = generation.get(key, 1)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"generation.{key} must be an integer of at least 1, got {value!r}")
     try:
-        GenerationConfig(**generation)
+        generation_config(**generation)
     except TypeError as error:
         raise ValueError(f"generation: {first_line(error)}, got {dict(generation)}") from error
     floats = {key: float(value) for key in FLOATS if type(value := generation.get(key)) is int}

@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from janus_dola.programs import checkpoint, vllm_engine
 from janus_dola.programs.engine import Outcome, Task, answer_many, generate_arguments
-from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
+from janus_dola.programs.generation import BATCH, check_generation, names, refuse
 from janus_dola.programs.options import ManyConfig, as_list, read_config
 from janus_dola.programs.prompts import (
     IMAGE_TAG,
@@ -118,7 +118,7 @@ class JanusDoLa(lmms):
         As in lmms-eval's own models, a temperature of 0 means greedy search, and another one sampling, unless
         `do_sample` says something else.
         """
-        arguments = self.options.generation | {k: v for k, v in given.items() if k in NAMES and v is not None}
+        arguments = self.options.generation | {k: v for k, v in given.items() if k in names() and v is not None}
         sample = given.get("do_sample", "temperature" in given or arguments.get("do_sample"))
         arguments["do_sample"] = bool(sample and arguments.get("temperature", 1))
         if not arguments["do_sample"]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from janus_dola.programs.keys import BASELINE
 from janus_dola.programs.prompts import Prompt
 
-BASELINE = "off"
 RESAMPLES = 2000
 
 

@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers.utils import cached_file
 
-from janus_dola.config import DoLaConfig, option
-from janus_dola.methods import METHODS
-from janus_dola.programs import PROGRAMS
+from janus_dola.config import METHODS, DoLaConfig, option
 from janus_dola.programs.errors import first_line, read_bytes, unknown_key
-from janus_dola.programs.generation import BATCH, NAMES, check_generation, refuse
+from janus_dola.programs.generation import BATCH, check_generation, refuse
+from janus_dola.programs.generation import names as generation_names
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 NO_MODEL = "model_path must be given: model_path=deepseek-ai/Janus-Pro-1B, another name on the hub, or a folder"
+PROGRAMS = ("answer", "calibrate", "draw", "export", "report", "web")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("transformers", "vllm")
+ROLES = ["<|User|>", "<|Assistant|>"]
 # In a wheel the package has the configs; in a checkout they lie beside it.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[1:3] if (folder / "configs").is_dir())
 DEFAULT = CONFIGS / "default.yaml"
@@ -47,7 +49,7 @@ class ModelConfig(DoLaConfig):
         "a folder, or a name on the hub, such as deepseek-ai/Janus-Pro-7B; in the published layout or "
         "transformers' own (model_type: janus)",
     )
-    roles: list[str] = option(["<|User|>", "<|Assistant|>"], "how the checkpoint's prompts name user and assistant")
+    roles: list[str] = option(ROLES, "how the checkpoint's prompts name user and assistant")
     device: str = option("auto", "auto: cuda, else mps, else cpu; or a PyTorch device, such as cuda:1")
     dtype: str = option(
         "auto",
@@ -183,12 +185,15 @@ def own_keys(model_path: str, cached: bool) -> tuple[Path, dict[str, Any]] | Non
     Raises:
         ValueError: The file is not JSON, or a key's value is wrong.
     """
+    name = "generation_config.json"
     try:
-        file = Path(cached_file(model_path, "generation_config.json", local_files_only=cached) or "")
+        file = Path(model_path, name)
+        if not Path(model_path).is_dir():
+            file = Path(hf_hub_download(model_path, name, local_files_only=cached))
         given = json.loads(file.read_bytes())
         keys = {key.name: given[key.name] for key in fields(DoLaConfig) if key.name in given}
         DoLaConfig(**merge(DoLaConfig, [keys]))
-    except OSError:
+    except (OSError, HFValidationError):
         return None
     except (ValueError, TypeError) as error:  # a TypeError of what is not a mapping
         raise ValueError(f"model_path {model_path!r}: generation_config.json: {first_line(error)}") from error
@@ -226,7 +231,7 @@ def merge(schema: Any, layers: Iterable[Mapping[str, Any]], overrides: Sequence[
         raise ValueError(f"arguments {overrides} are not YAML: {first_line(error)}") from error
     except OmegaConfBaseException as error:
         key, names = str(error.full_key or error.key or ""), [item.name for item in fields(schema)]
-        if key in NAMES and "generation" in names and key not in names:
+        if key not in names and "generation" in names and key in generation_names():
             raise ValueError(f"unknown key {key!r}, did you mean 'generation.{key}'?") from error
         if key and re.split(r"[.\[]", key)[0] not in names:
             raise ValueError(unknown_key(key, names)) from error
@@ -289,7 +294,7 @@ def usage(schema: Any, values: Mapping[str, Any], origins: Mapping[str, str]) ->
         origins: Key -> the file, or "command line", that a value is from, where it is not the default.
     """
     lines = [
-        inspect.getdoc(sys.modules[schema.__module__]) or "",
+        inspect.getdoc(schema) or "",
         "",
         f"programs: {', '.join(PROGRAMS)}; the first is the default",
     ]

@@ -1,16 +1,10 @@
-"""A batch run as a page to look at: janus-dola report prompts=FILE.jsonl output=ANSWERS.jsonl report=REPORT.html
-
-Of each prompt the pictures, the question and the answers; of a run with compare=true the words in which the two answers
-differ, and what DoLa gained and lost where the prompts say what is right. One file, which needs no network.
-A run makes it when it ends, with report=REPORT.html; this makes it of answers that are there, of a run in progress too.
-"""
+"""The program `report`: a batch run as a page. What it does is told by `keys.ReportConfig`."""
 
 import base64
 import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -21,38 +15,16 @@ from jinja2 import Environment, FileSystemLoader
 from tqdm import tqdm
 
 from janus.utils.io import load_image
-from janus_dola.config import option
 from janus_dola.programs import checkpoint
 from janus_dola.programs.differences import differences
-from janus_dola.programs.measures import BASELINE, interval, is_right, summarize, yes_or_no
+from janus_dola.programs.keys import BASELINE, ReportConfig
+from janus_dola.programs.measures import interval, is_right, summarize, yes_or_no
 from janus_dola.programs.options import ModelConfig, merge, read_config
 from janus_dola.programs.prompts import DOLA_KEYS, IMAGE_TAG, Prompt, read_prompts
 from janus_dola.programs.results import check_files, read_results, result_files
 
 SIDE = 160  # pixels of a picture's longer side: 500 of noise, the worst to compress, are 10 MB
 DOLA = "on"
-
-
-@dataclass
-class ReportConfig:
-    """The keys; all else is in the run's settings."""
-
-    prompts: str = option("", "the run's file of prompts")
-    output: str = option("", "the run's answers")
-    report: str = option("", "where to write the page (.html)")
-    image_root: str = option(".", "folder of the images of lines in POPE's form")
-
-    def __post_init__(self) -> None:
-        for key in ("prompts", "output", "report"):
-            if not getattr(self, key):
-                raise ValueError(f"{key} must name a file, got {getattr(self, key)!r}")
-        check_report(self.report)
-
-
-def check_report(path: str | None) -> None:
-    """Refuses what is not the name of a page, such as the file of prompts, before it is overwritten."""
-    if path is not None and not path.endswith(".html"):
-        raise ValueError(f"report must end in .html, got {path!r}")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -133,6 +133,9 @@ def test_upload_ask_change_look_and_copy(url: str, open_page: Any, capsys: Any) 
     asked = [f"image={IMAGES / 'habit.png'}", f"question={DESCRIBE}", *CPU, "compare=true"]
     ask(page, DESCRIBE, IMAGES / "habit.png")
     first = shown(page)
+    assert (
+        not page.locator("#off, #on").locator("button[aria-label*=Copy i], button[title*=Copy i]").count()
+    )  # of marks
     assert first == cli(capsys, *asked) and first[0] != first[1]
     assert page.locator("#off img").get_attribute("src").endswith("/habit.png")
     for way, parts in zip(("off", "on"), differences(*first), strict=True):
@@ -328,6 +331,24 @@ def settles(steps: Callable[[], int]) -> bool:
     return False
 
 
+def test_pictures_come_to_the_models_size_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All pictures of a conversation were in memory at once, at their full size."""
+    config = replace(read_config(web.WebConfig, CPU), generation={"max_new_tokens": 2})
+    model, processor = checkpoint.load(config)
+    sizes: list[tuple[int, int]] = []
+    prepare = type(processor).__call__
+
+    def watched(self: Any, **given: Any) -> Any:
+        sizes.extend(image.size for image in given["images"])
+        return prepare(self, **given)
+
+    monkeypatch.setattr(type(processor), "__call__", watched)
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "large.png")
+    turns = build_conversation(config.roles, "What?", [str(tmp_path / "large.png"), str(IMAGES / "one.png")])
+    list(answer_both(model, processor, config, [turns, turns]))
+    assert sizes == [(processor.image_processor.image_size,) * 2] * 2
+
+
 @pytest.mark.parametrize("way", ["closed", "stop", "client"])
 def test_who_goes_away_stops_the_answer(slow: Any, open_page: Any, way: str) -> None:
     url, steps = slow
@@ -360,7 +381,7 @@ def test_what_is_out_of_bounds_is_refused(url: str, slow: Any, tmp_path: Path) -
         (message("What?"), {"length": 65}, "greater than maximum value 64"),
         (message("What?"), {"alpha": -0.1}, "less than minimum value 0"),
         (message("What?"), {"seed": 2**70}, "seed must be an integer of 64 bits"),
-        (message("What? " * 9999), {}, "too long: "),
+        (message("What? " * 9999), {}, "too long: the prompt's "),
     ):
         with pytest.raises(Exception, match=re.escape(says)) as raised:
             client.predict(given, **how, api_name="/ask")
@@ -390,7 +411,7 @@ def test_draw(slow: Any, url: str, open_page: Any, monkeypatch: pytest.MonkeyPat
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#pictures img").nth(4).wait_for()
     assert open_page(url).get_by_role("tab").count() == 0
-    assert read_config(web.WebConfig, ["config=configs/janus_pro_7b.yaml"]).text_to_image
+    assert read_config(web.WebConfig, ["config=janus_pro_7b"]).text_to_image
 
 
 def test_what_cannot_be_a_page_is_one_line(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,47 +1,18 @@
-"""A page to ask a Janus model, with DoLa off and on side by side: janus-dola web [config=FILE] key=value ...
-
-The demo:          janus-dola web open=true
-A published model: janus-dola web config=configs/janus_pro_7b.yaml
-"""
+"""The program `web`, a page to ask on. What it does is told by `keys.WebConfig`."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from janus_dola.config import option
 from janus_dola.programs import checkpoint
-from janus_dola.programs.generation import PAGE, refuse
-from janus_dola.programs.options import ModelConfig, read_config
+from janus_dola.programs.keys import WebConfig
+from janus_dola.programs.options import read_config
 from janus_dola.wrapper import DoLaJanusWrapper
 
 WAITING = 32  # questions that may wait for their turn
-
-
-@dataclass
-class WebConfig(ModelConfig):
-    """The keys of the page, where `use_dola_lm` is not looked at.
-
-    generation.max_new_tokens is also the most that one may ask for on the page.
-    """
-
-    host: str = option("127.0.0.1", "0.0.0.0: whoever reaches this machine may ask")
-    port: int | None = option(None, "null: the first free one from 7860")
-    open: bool = option(False, "open the page in this machine's browser")
-    text_to_image: bool = option(
-        False,
-        "a tab that draws, where the checkpoint's image part is trained (the demo's is not)",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self.generation, PAGE, "1 on a page")
-        if not find_spec("gradio"):
-            raise ValueError("web needs gradio: pip install 'janus-dola[web]'")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from janus.image_generation import build_prompt, generate_images
 from janus.utils.io import load_image
-from janus_dola.config import DoLaConfig
-from janus_dola.dola_runtime import candidates_in_bucket
+from janus_dola.buckets import candidates_in_bucket
+from janus_dola.call import check_length
+from janus_dola.config import METHODS, DoLaConfig
 from janus_dola.exits import generating_model
-from janus_dola.methods import METHODS
-from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION, AnswerConfig
+from janus_dola.programs.answer import DEMO_IMAGE, DEMO_QUESTION
 from janus_dola.programs.differences import Parts, differences
 from janus_dola.programs.errors import first_line
+from janus_dola.programs.keys import AnswerConfig
 from janus_dola.programs.options import ModelConfig, read_config
 from janus_dola.programs.prompts import IMAGE_TAG, build_conversation, prompt_length
 from janus_dola.programs.web.side_by_side import Turns, answer_both
@@ -166,7 +167,8 @@ class Page:
                     self.off, self.on = (
                         gr.Chatbot(
                             label=f"DoLa {way}", elem_id=way, elem_classes="column", height=340, min_width=280,
-                            render_markdown=False, buttons=["copy"], placeholder=f"The answer with DoLa {way}",
+                            render_markdown=False, placeholder=f"The answer with DoLa {way}",
+                            buttons=[],  # "copy" copies the tags of a mark
                         )
                         for way in ("off", "on")
                     )  # fmt: skip
@@ -238,12 +240,6 @@ class Page:
         asked = [prompt, *controls]
         gr.on([button.click, prompt.submit], self.draw, asked, pictures, api_name="draw", **self.events)
 
-    def check_length(self, prompt: int, new: int) -> None:
-        if prompt + new > self.positions:
-            raise ValueError(
-                f"too long: {prompt} tokens and {new} new ones are more than the model's {self.positions} positions"
-            )
-
     def asked(
         self, dola: dict[str, Any], temperature: float, top_p: float, length: int, penalty: float, seed: int | None
     ) -> ModelConfig:
@@ -279,7 +275,7 @@ class Page:
             for path in message["files"]:
                 check_picture(path)
             for turns in conversations:
-                self.check_length(prompt_length(turns, self.processor), length)
+                check_length(prompt_length(turns, self.processor), length, self.positions, "new ones")
             yield {self.box: EMPTY} | self.shown(conversations, coming=True)
             with closing(answer_both(self.model, self.processor, asked, conversations)) as answers:
                 for texts, trace in answers:  # noqa: B007
@@ -320,7 +316,7 @@ class Page:
             if not prompt.strip():
                 raise ValueError(f"prompt must not be empty, got {prompt!r}")
             text = build_prompt(processor, prompt)
-            self.check_length(len(processor.tokenizer.encode(text)), number)
+            check_length(len(processor.tokenizer.encode(text)), number, self.positions, "of an image")
             generator = torch.Generator(self.model.device).manual_seed(seed or 0)
             arguments = (temperature, PICTURES, cfg_weight, number, size)
             with ThreadPoolExecutor(1) as pool, ExitStack() as on_exit:

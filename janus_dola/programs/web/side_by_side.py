@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import StoppingCriteria, TextStreamer
 
-from janus.utils.io import load_pil_images
 from janus_dola.processor import NaNWatch
 from janus_dola.programs.engine import generate_arguments
 from janus_dola.programs.options import ModelConfig
+from janus_dola.programs.prompts import open_images
 from janus_dola.trace import DoLaTrace
 from janus_dola.wrapper import DoLaJanusWrapper
 
@@ -78,7 +78,7 @@ def answer_both(
     told: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
 
     def embed(turns: Turns) -> dict[str, Tensor]:
-        inputs = processor(conversations=turns, images=load_pil_images(turns)).to(model.device, model.dtype)
+        inputs = processor(conversations=turns, images=open_images(turns, processor)).to(model.device, model.dtype)
         with torch.inference_mode():
             embeds = model.prepare_inputs_embeds(**inputs)  # [1, T, d]
         return {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask}
