@@ -26,7 +26,7 @@ from PIL import Image
 
 from janus.image_generation import build_prompt, generate_images
 from janus_dola import DoLaConfig, DoLaTrace
-from janus_dola.programs import answer, checkpoint, web
+from janus_dola.programs import answer, checkpoint, keys, web
 from janus_dola.programs.differences import differences
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import build_conversation
@@ -418,7 +418,7 @@ def test_what_cannot_be_a_page_is_one_line(fails: Fails, monkeypatch: pytest.Mon
     assert "generation.num_beams must be 1" in fails(web.run, "generation.num_beams=2")
     assert "did you mean 'generation.top_k'" in fails(web.run, "generation.topk=2")
     assert "did you mean 'host'" in fails(web.run, "hosts=0.0.0.0")
-    monkeypatch.setattr(web, "find_spec", lambda name: None)
+    monkeypatch.setattr(keys, "find_spec", lambda name: None)
     assert "pip install 'janus-dola[web]'" in fails(web.run)
 
 
