@@ -14,6 +14,9 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 import openai
 import torch
@@ -72,8 +75,11 @@ def measure(options: ServeOptions, url: str, clients: int, use_dola_lm: bool) ->
 
 def kind(url: str) -> str:
     """Which server it is."""
-    models = openai.OpenAI(base_url=url, api_key="none").models.list()
-    return "vllm" if any(model.owned_by == "vllm" for model in models) else "transformers"
+    try:
+        with urlopen(urljoin(url, "/version")):
+            return "vllm"
+    except HTTPError:  # transformers' has no such address
+        return "transformers"
 
 
 def run(argv: Sequence[str]) -> None:
