@@ -5,6 +5,8 @@ default `answer`.
 """
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +20,12 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"janus-dola {version('janus-dola')}")
         return
-    try:  # the imports take seconds, in which one may have second thoughts
+    # The imports take seconds, in which one may have second thoughts. A KeyboardInterrupt can get lost there: what is
+    # raised while an import gives back its lock is ignored.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
         from janus_dola.programs.keys import SCHEMAS
         from janus_dola.programs.options import DEFAULT, ModelConfig, config_files, read_config, run_program
 
@@ -38,6 +45,7 @@ def main() -> None:
                 read_config(schema, argv, DEFAULT if issubclass(schema, ModelConfig) else None)
             try:
                 program = import_module(f"janus_dola.programs.{name}")
+                signal.signal(signal.SIGINT, handler)
             except ModuleNotFoundError as error:
                 if not (error.name or "").startswith("janus."):
                     raise
@@ -51,6 +59,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def interrupt(*_: Any) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def lmms_eval_manifest() -> Any:
