@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,17 @@ class GraphedFormulas:
         self.graph.replay()
         log_qN, log_p, M_index, jsd = self.outputs
         return log_qN, log_p.clone(), M_index, jsd
+
+
+def by_method(methods: Iterable[tuple[int, Method]], exits: Tensor) -> Iterator[tuple[Method, list[int]]]:
+    """Rows (number, method) of the same method together, on the CPU some at a time; the exits are [rows, J, V]."""
+    together: dict[Method, list[int]] = {}
+    for row, method in methods:
+        together.setdefault(method, []).append(row)
+    for method, rows in together.items():
+        elements = (method.exits[1] - method.exits[0]) * exits.shape[-1]  # of a row
+        n = max(1, CPU_CHUNK // max(1, elements)) if exits.device.type == "cpu" else len(rows)
+        yield from ((method, rows[start : start + n]) for start in range(0, len(rows), n))
 
 
 def expand(rows: Rows, each: int, like: Tensor) -> Rows:
@@ -130,18 +141,13 @@ class DoLaLogitsProcessor(LogitsProcessor):
         return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
 
     def _part(self, exits: Tensor) -> None:
-        """Puts the rows of a method together, on the CPU some at a time; each then reads its own exits alone."""
-        by_method: dict[Method, list[int]] = {}
-        for row, method in enumerate(self.rows.methods):
-            by_method.setdefault(method, []).append(row)
-        for method, rows in by_method.items():
-            elements = (method.exits[1] - method.exits[0]) * exits.shape[-1]  # of a row
-            n = max(1, CPU_CHUNK // max(1, elements)) if exits.device.type == "cpu" else len(rows)
-            for own in (rows[start : start + n] for start in range(0, len(rows), n)):
-                consecutive = own[-1] - own[0] == len(own) - 1
-                part = slice(own[0], own[-1] + 1) if consecutive else torch.tensor(own, device=exits.device)
-                self.parts.append((method, part))
-        sequence = [row for rows in by_method.values() for row in rows]
+        """Puts the rows of a method together; each then reads its own exits alone."""
+        sequence = []
+        for method, own in by_method(enumerate(self.rows.methods), exits):
+            consecutive = own[-1] - own[0] == len(own) - 1
+            part = slice(own[0], own[-1] + 1) if consecutive else torch.tensor(own, device=exits.device)
+            self.parts.append((method, part))
+            sequence += own
         if sequence != sorted(sequence):
             self.order = torch.tensor(sequence).argsort().to(exits.device)
 

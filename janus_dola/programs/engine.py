@@ -198,6 +198,8 @@ def generate_answers(
     dead = [False] * len(ids) if scores is None else scores.isneginf().tolist()
     eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
     lengths, errors = answer_lengths(ids, eos, arguments["pad_token_id"]).tolist(), watch.errors(len(configs))
+    if trace is not None:
+        chosen_jsd, differs = trace.chosen_jsd, trace.tokens != trace.mature_tokens
     answers = []
     for row, length in enumerate(lengths):
         if dead[row]:
@@ -207,11 +209,9 @@ def generate_answers(
             tokenizer.decode(ids[row, :length], skip_special_tokens=True).strip(), length, None, errors[prompt]
         )
         if trace is not None and configs[prompt].use_dola_lm:
-            layers, jsd, own, final = (
-                values[row, :length] for values in (trace.layers, trace.chosen_jsd, trace.tokens, trace.mature_tokens)
-            )
+            layers, jsd, changed = (values[row, :length] for values in (trace.layers, chosen_jsd, differs))
             answer = answer._replace(
-                layers=layers.tolist(), jsd=jsd.tolist(), changed=(own != final).nonzero().flatten().tolist()
+                layers=layers.tolist(), jsd=jsd.tolist(), changed=changed.nonzero().flatten().tolist()
             )
         answers.append(answer)
     return answers

@@ -9,8 +9,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as OlderLogitsProces
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from janus_dola.config import Method, Rows
-from janus_dola.processor import CPU_CHUNK, formulas
+from janus_dola.config import Rows
+from janus_dola.processor import by_method, formulas
 from janus_dola.vllm.exits import EXITS
 from janus_dola.vllm.server import Server, StartUp
 
@@ -55,24 +55,18 @@ class DoLaLogitsProcessor(LogitsProcessor, OlderLogitsProcessor):
             drafts = len(logits) != len(ctx.idx_mapping_np)
             slots = (ctx.expanded_idx_mapping if drafts else ctx.idx_mapping_np).tolist()
             first = ctx.pos.storage_offset()  # drafts of over 1 GB come in parts: views of what all rows have
-        by_method: dict[Method, list[int]] = {}
-        for row, slot in enumerate(slots):
-            if (rows := self.requests.get(slot)) is not None:
-                by_method.setdefault(rows.methods[0], []).append(row)
-        if not by_method:
+        methods = [(row, self.requests[slot].methods[0]) for row, slot in enumerate(slots) if slot in self.requests]
+        if not methods:
             return logits
         if ctx is not None:  # V2 does not tell who went: whoever decoded now probably goes on
             EXITS.wanted = True
         exits = EXITS.take()[first : first + len(logits)]  # [rows, J, V]
-        for method, members in by_method.items():
-            read = slice(*method.exits)
-            n = max(1, CPU_CHUNK // max(1, exits[0, read].numel())) if logits.device.type == "cpu" else len(logits)
-            for chunk in (members[i : i + n] for i in range(0, len(members), n)):
-                own = [self.requests[slots[row]] for row in chunk]
-                candidates = torch.cat([rows.candidates[:, read] for rows in own]).to(logits.device)
-                strength = torch.cat([rows.strength for rows in own]).to(logits)
-                index = torch.tensor(chunk, device=logits.device)
-                logits[index] = formulas(logits[index], exits[index, read], candidates, strength, method)[1]
+        for method, members in by_method(methods, exits):
+            read, own = slice(*method.exits), [self.requests[slots[row]] for row in members]
+            candidates = torch.cat([rows.candidates[:, read] for rows in own]).to(logits.device)
+            strength = torch.cat([rows.strength for rows in own]).to(logits)
+            index = torch.tensor(members, device=logits.device)
+            logits[index] = formulas(logits[index], exits[index, read], candidates, strength, method)[1]
         return logits
 
     def _rows(self, params: Any) -> Rows | None:
