@@ -137,12 +137,14 @@ class Rows(NamedTuple):
     Attributes:
         layers: The J exits j < N to be read, lowest first.
         candidates: Which of them each row may choose from, bool [rows, J].
+        read: Which of them are read of each row, bool [rows, J]: those, or in a trace of all layers every one.
         strength: The first of each row's `METHODS` keys, float64 [rows]; 0 where the method has none.
         methods: Each row's.
     """
 
     layers: tuple[int, ...]
     candidates: "Tensor"
+    read: "Tensor"
     strength: "Tensor"
     methods: list[Method]
 
@@ -150,6 +152,14 @@ class Rows(NamedTuple):
     def changes_nothing(self) -> bool:
         """With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit."""
         return not self.candidates.any() and not self.strength.any()
+
+    def traced(self, every: bool) -> "Rows":
+        """The same for a trace, which shows the JSD of all exits that are read; `every` reads all of every row."""
+        methods = [method._replace(dynamic=True) for method in self.methods]
+        if not every:
+            return self._replace(methods=methods)
+        methods = [method._replace(exits=(0, len(self.layers))) for method in methods]
+        return self._replace(read=self.read.new_ones(self.read.shape), methods=methods)
 
 
 def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int] | None = None) -> Rows:
@@ -181,4 +191,4 @@ def by_row(configs: Sequence[DoLaConfig], num_layers: int, layers: Sequence[int]
         Method(config.method, config.sled_top_k, config.method == "dola" and more, (place[0], place[-1] + 1))
         for config, more, place in zip(on, several, places, strict=True)
     ]
-    return Rows(exits, candidates, torch.tensor(strength, dtype=torch.float64), methods)
+    return Rows(exits, candidates, candidates, torch.tensor(strength, dtype=torch.float64), methods)

@@ -44,6 +44,24 @@ def generating_model(model: Any) -> Any:
     return found
 
 
+def pack(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The exits that rows want, together in as few columns as hold them: a row of the head's is a row of arithmetic.
+
+    Args:
+        wanted: Which exits each row reads, bool [rows, J].
+
+    Returns:
+        Which of all exits, counted row by row, each column of a row holds, int64 [rows, K], K = ⌈wanted / rows⌉; and
+        row and column of each exit, int64 [2, rows, J]: one that is not wanted is where the one before it is.
+    """
+    rows, n = len(wanted), int(wanted.sum())
+    K = -(-n // rows)
+    index = torch.zeros(rows * K, dtype=torch.long)
+    index[:n] = wanted.flatten().nonzero().flatten()
+    place = (wanted.flatten().cumsum(0) - 1).clamp(min=0).view_as(wanted)
+    return index.view(rows, K), torch.stack([place // max(1, K), place % max(1, K)])
+
+
 def shallow_copy(module: nn.Module) -> Any:
     """A module of the same class with the same parameters and attributes, whose children and hooks are its own."""
     copy = type(module).__new__(type(module))
@@ -107,6 +125,9 @@ class ExitView:
     ) -> None:
         self.model = shallow_copy(model)
         self.hidden: dict[int, Tensor] = {}
+        self._wanted: Tensor | None = None  # as `read_only` takes it
+        self._index: Tensor | None = None  # as `pack` gives it
+        self._read = len(layers)  # exits ahead of each row's hidden states
         self._copies: dict[nn.Module, Any] = {model: self.model}
         self._layers = layers
         self._logits: Any = None
@@ -145,10 +166,20 @@ class ExitView:
             copy = child
         return copy
 
+    def read_only(self, wanted: Tensor) -> None:
+        """Which exits the next call reads of each prompt's rows, bool [prompts, J]; no others, if `pack` saves any."""
+        saves = -(-int(wanted.sum()) // len(wanted)) < len(self._layers)
+        self._wanted, self._index = wanted if saves else None, None
+
     def take(self) -> tuple[Tensor, Tensor]:
-        """The last forward pass' logits of the exits, [rows, J, V], and of the final layer, [rows, V]; given once."""
+        """The last forward pass' logits, given once.
+
+        Returns:
+            Of the exits, [rows, J, V], or where not all were read, [rows, K, V] as `pack` has them; of the final layer,
+            [rows, V].
+        """
         logits, self._logits = self._logits, None
-        return logits[:, : len(self._layers)], logits[:, -1]
+        return logits[:, : self._read], logits[:, -1]
 
     def backend(self) -> str | Callable[..., Any] | None:
         """The compiler by which `generate` has compiled the view's forward pass; None if it has not."""
@@ -174,12 +205,19 @@ class ExitView:
     def join_exits(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The final norm's forward pre-hook: the exits ahead of its input, [rows, J + T, d]."""
         hidden, *rest = args
-        return (torch.cat([*(self.hidden.pop(j).to(hidden) for j in self._layers), hidden], dim=1), *rest)
+        exits = [self.hidden.pop(j).to(hidden) for j in self._layers]
+        self._read = len(exits)
+        if not torch.compiler.is_compiling() and self._wanted is not None:  # compiled, each K would be another program
+            if self._index is None:
+                wanted = self._wanted.repeat_interleave(len(hidden) // len(self._wanted), 0)
+                self._index = pack(wanted)[0].to(hidden.device)
+            exits = [torch.cat(exits, dim=1).flatten(0, 1)[self._index]]  # [rows, K, d]
+            self._read = self._index.shape[1]
+        return (torch.cat([*exits, hidden], dim=1), *rest)
 
     def _part_exits(self, module: nn.Module, args: tuple[Any, ...], normed: Tensor) -> Tensor:
-        J = len(self._layers)
-        self.hidden[NORMED] = normed[:, :J]
-        return normed[:, J:]
+        self.hidden[NORMED] = normed[:, : self._read]
+        return normed[:, self._read :]
 
     def prepend_exits(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The head's forward pre-hook: the exits ahead of its input, [rows, J + T, d]."""

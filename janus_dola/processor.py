@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 
 from janus_dola.config import Method, Rows
 from janus_dola.dola_runtime import read
+from janus_dola.exits import pack
 from janus_dola.methods import choose
 
 # Elements of [rows, J, V] at a time on the CPU: memory that was just used costs half as much as fresh memory.
@@ -80,11 +81,11 @@ def by_method(methods: Iterable[tuple[int, Method]], exits: Tensor) -> Iterator[
 
 def expand(rows: Rows, each: int, like: Tensor) -> Rows:
     """The rows of `each` beams, or returned sequences, of each prompt, on the device and in the dtype of `like`."""
-    candidates, strength = rows.candidates.to(like.device), rows.strength.to(like)
-    if each == 1:
-        return rows._replace(candidates=candidates, strength=strength)
+    candidates, read, strength = rows.candidates.to(like.device), rows.read.to(like.device), rows.strength.to(like)
+    if each > 1:
+        candidates, read, strength = (tensor.repeat_interleave(each, 0) for tensor in (candidates, read, strength))
     methods = [method for method in rows.methods for _ in range(each)]
-    return Rows(rows.layers, candidates.repeat_interleave(each, 0), strength.repeat_interleave(each), methods)
+    return Rows(rows.layers, candidates, read, strength, methods)
 
 
 class DoLaLogitsProcessor(LogitsProcessor):
@@ -94,7 +95,8 @@ class DoLaLogitsProcessor(LogitsProcessor):
     where DoLa belongs; so one processor serves greedy search, sampling and beams.
 
     Args:
-        logits: Gives those of the step: of the exits [rows, J, V], J may be 0, and of the final layer [rows, V].
+        logits: Gives those of the step: of the exits [rows, J, V], J may be 0, or [rows, K, V], K < J, as `exits.pack`
+            has them; and of the final layer [rows, V].
         rows: What `config.by_row` makes of the configurations, one per prompt; one prompt stands for all.
         outside: The score outside V_head.
         record: Is told what happened at each step, as `trace.Recorder.record` is.
@@ -115,25 +117,24 @@ class DoLaLogitsProcessor(LogitsProcessor):
     ) -> None:
         self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
         self.changes_nothing = rows.changes_nothing  # the baseline bit for bit, traced or not
-        if record is not None:  # it shows the JSD of every row
-            every = (0, len(rows.layers))
-            rows = rows._replace(methods=[method._replace(dynamic=True, exits=every) for method in rows.methods])
         self.rows = rows
         self.parts: list[tuple[Method, slice | Tensor]] = []  # the rows that are read together
         self.order: Tensor | None = None  # each row's place in their sequence, if it is another
+        self.places = torch.zeros(0)  # where packed exits are, [2, rows, J]
         self.graphs = graphs if record is None else None  # a record keeps more than log p̂
         self.lent: dict[int, tuple[Any, GraphedFormulas]] = {}  # key and graph, by the part that it is for
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tokens so far [rows, T] and scores [rows, V], penalties applied, to log p̂ [rows, V]."""
         self.rows = expand(self.rows, len(scores) // len(self.rows.methods), scores)  # the first step tells how many
-        exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J, V], [rows, V]
+        exits, final = (logits.to(scores.device) for logits in self.logits())  # [rows, J or K, V], [rows, V]
         if not self.parts:
             self._part(exits)
         parts = [self._step(i, scores, exits, final) for i in range(len(self.parts))]
         if self.record is None:
             log_p = self._together([part[1] for part in parts])
         else:
+            parts = [self._among_all(i, *part) for i, part in enumerate(parts)]
             log_qN, log_p, M_index, jsd = map(self._together, zip(*parts, strict=True))
             self.record(input_ids, log_qN, log_p, M_index, jsd)
         if self.changes_nothing:
@@ -150,18 +151,30 @@ class DoLaLogitsProcessor(LogitsProcessor):
             sequence += own
         if sequence != sorted(sequence):
             self.order = torch.tensor(sequence).argsort().to(exits.device)
+        self.places = pack(self.rows.read.cpu())[1].to(exits.device)
 
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         """What was made of the parts, row by row."""
         together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return together if self.order is None else together[self.order]
 
+    def _among_all(self, i: int, log_qN: Tensor, log_p: Tensor, M_index: Tensor, jsd: Tensor) -> tuple[Tensor, ...]:
+        """What a part's step gave, with M and the JSD [n, J] among all exits: NaN where a row does not read one."""
+        (method, rows), J = self.parts[i], len(self.rows.layers)
+        first, past = method.exits
+        every = jsd.new_full((len(jsd), J), math.nan)
+        every[:, first:past] = jsd
+        M_index = torch.where(M_index == past - first, J, M_index + first)
+        return log_qN, log_p, M_index, every.masked_fill(~self.rows.read[rows], math.nan)
+
     def _step(self, i: int, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
         (method, rows), backend = self.parts[i], self.backend()
         logits, own = scores[rows], slice(*method.exits)
         if self.beams and method.name == "sled":  # it compares logits of layers: a constant matters to it alone
             logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
-        arguments = logits, exits[:, own][rows], self.rows.candidates[:, own][rows], self.rows.strength[rows], method
+        packed = exits.shape[1] < len(self.rows.layers)
+        own_exits = exits[tuple(self.places[:, rows, own])] if packed else exits[:, own][rows]
+        arguments = logits, own_exits, self.rows.candidates[:, own][rows], self.rows.strength[rows], method
         if backend is not None:
             return compiled_formulas(backend)(*arguments)
         if scores.device.type != "cuda" or self.graphs is None:

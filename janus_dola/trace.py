@@ -35,7 +35,8 @@ class DoLaTrace:
         tokens: What was generated, int64 [S, T], without the prompt.
         mature_tokens: What q_N alone, after penalties, finds most likely there, int64 [S, T].
         layers: M, int64 [S, T]; N where there was nothing to subtract. SLED's is the layer of the greatest weight.
-        jsd: JSD(q_N ‖ q_j) in nats, float32 [S, T, J].
+        jsd: JSD(q_N ‖ q_j) in nats, float32 [S, T, J]. NaN where an exit overflowed, and, where prompts have
+            configurations of their own, at layers that are no candidates of the prompt's.
         head_sizes: |V_head|, or how many tokens DeCo or SLED kept, int64 [S, T].
         mature_logprobs: log q_N of the token, float32 [S, T].
         logprobs: log p̂ of the token, before temperature and other warpers, float32 [S, T].
@@ -78,8 +79,7 @@ class DoLaTrace:
     def save(self, path: str | PathLike[str]) -> None:
         """Writes JSON lines: a header, then one object per sequence with a list entry per step.
 
-        JSON has neither −∞ nor NaN: they are null, in log-probabilities −∞ and in JSD the NaN of an exit that
-        overflowed.
+        JSON has neither −∞ nor NaN: they are null, in log-probabilities −∞ and in JSD NaN.
         """
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines())
         Path(path).write_text(text, encoding="utf-8")

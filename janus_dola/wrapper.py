@@ -152,6 +152,7 @@ class DoLaJanusWrapper:
         outside = -1e9 if num_beams > 1 and call.get("do_sample") else -math.inf
         eos = call.get("eos_token_id")
         recorder = None if trace is None else Recorder(trace, N, rows, num_beams, eos)
+        rows = rows if trace is None else rows.traced(trace.traces_all)
         whole = bool(call.get("output_hidden_states") or call.get("output_attentions"))
         several = num_beams > 1 and (call.get("num_return_sequences") or 1) > 1
         bare = several and not call.get("return_dict_in_generate")
@@ -159,6 +160,7 @@ class DoLaJanusWrapper:
             call.set("return_dict_in_generate", True)
             call.set("output_scores", True)
         with self._view(model, rows.layers, whole) as view:
+            view.read_only(rows.read)
             record = None if recorder is None else recorder.record
             processor = DoLaLogitsProcessor(view.take, rows, outside, record, num_beams > 1, view.backend, self._graphs)
             try:

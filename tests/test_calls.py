@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -15,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.config import METHODS, by_row
 from janus_dola.dola_runtime import log_softmax, read
-from janus_dola.exits import ExitView
+from janus_dola.exits import ExitView, pack
 from janus_dola.methods import choose
 from janus_dola.processor import DoLaLogitsProcessor
 from janus_dola.trace import Recorder
@@ -143,6 +145,21 @@ def test_rows_are_read_with_those_of_their_method_and_their_exits_alone() -> Non
         own = exits[i : i + 1, [rows.layers.index(layer) for layer in alone.layers]]
         one = DoLaLogitsProcessor(lambda own=own, i=i: (own, final[i : i + 1]), alone, -torch.inf)
         assert torch.equal(got[i : i + 1], one(ids[:1], final[i : i + 1]))
+    packed = exits.flatten(0, 1)[pack(rows.read)[0]]
+    assert packed.shape[1] < exits.shape[1]
+    assert torch.equal(DoLaLogitsProcessor(lambda: (packed, final), rows, -torch.inf)(ids, final), got)
+
+
+@given(
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=9).filter(lambda x: any(map(any, x)))
+)
+def test_packed_exits_are_those_that_are_wanted(wanted: list[list[bool]]) -> None:
+    index, places = pack(torch.tensor(wanted))
+    assert len(index) == len(wanted) and index.numel() - sum(map(sum, wanted)) < len(wanted)
+    for row, exits in enumerate(wanted):
+        for j in range(5):
+            if exits[j]:
+                assert index[tuple(places[:, row, j])] == 5 * row + j
 
 
 def test_a_row_whose_final_logits_are_nan_is_its_own_affair(model: Any, prompt: dict[str, Any]) -> None:

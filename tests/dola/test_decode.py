@@ -130,11 +130,29 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
             T = min(mine.shape[1], its.shape[1])
             assert torch.equal(mine[:, :T], its[:, :T])
         layers = set(trace.layers[row * each : (row + 1) * each].flatten().tolist()) - {0}
-        assert layers <= ({N} if row == 1 else set(config.resolve_layers(N)))
+        own = [] if row == 1 else config.resolve_layers(N)
+        assert layers <= set(own or [N])
+        read = ~trace.jsd[row * each, 0].isnan()
+        assert [j for j, is_read in zip(trace.traced_layers, read.tolist(), strict=True) if is_read] == [*own]
     assert trace.alpha == [0.3, 0.0, 0.1] and trace.candidate_layers == (2, 4, 6, 8, 10, 17)
     if not sampled:
         plain = model.language_model.generate(**prompt, **kind)[each : 2 * each]
         assert torch.equal(got.sequences[each : 2 * each, : plain.shape[1]], plain)
+
+
+def test_the_head_reads_each_row_s_own_exits_alone(model: Any, prompt: dict[str, Any]) -> None:
+    """6 exits for 3 rows: 2 a row beside the final layer's own, in place of 6. A trace of all layers reads all."""
+    wrapper, shapes = DoLaJanusWrapper(model), []
+    handle = wrapper.phi.register_forward_hook(lambda head, args, logits: shapes.append(tuple(logits.shape[:2])))
+    try:
+        want = wrapper.generate_with_dola(**prompt, configs=ROWS, trace=DoLaTrace())
+        assert set(shapes[1:]) == {(3, 2 + 1)}
+        shapes.clear()
+        every = DoLaTrace("all")
+        assert torch.equal(wrapper.generate_with_dola(**prompt, configs=ROWS, trace=every), want)
+        assert set(shapes[1:]) == {(3, N - 1 + 1)} and not every.jsd.isnan().any()
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("how", [{}, {"length_penalty": 0.0}, {"length_penalty": -1.0}, {"do_sample": True}], ids=str)
