@@ -168,7 +168,7 @@ class ExitView:
 
     def read_only(self, wanted: Tensor) -> None:
         """Which exits the next call reads of each prompt's rows, bool [prompts, J]; no others, if `pack` saves any."""
-        saves = -(-int(wanted.sum()) // len(wanted)) < len(self._layers)
+        saves = pack(wanted)[0].shape[1] < len(self._layers)
         self._wanted, self._index = wanted if saves else None, None
 
     def take(self) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ class DoLaLogitsProcessor(LogitsProcessor):
         self.rows = rows
         self.parts: list[tuple[Method, slice | Tensor]] = []  # the rows that are read together
         self.order: Tensor | None = None  # each row's place in their sequence, if it is another
-        self.places = torch.zeros(0)  # where packed exits are, [2, rows, J]
+        self.places: Tensor | None = None  # where packed exits are, [2, rows, J]
         self.graphs = graphs if record is None else None  # a record keeps more than log p̂
         self.lent: dict[int, tuple[Any, GraphedFormulas]] = {}  # key and graph, by the part that it is for
 
@@ -151,7 +151,6 @@ class DoLaLogitsProcessor(LogitsProcessor):
             sequence += own
         if sequence != sorted(sequence):
             self.order = torch.tensor(sequence).argsort().to(exits.device)
-        self.places = pack(self.rows.read.cpu())[1].to(exits.device)
 
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         """What was made of the parts, row by row."""
@@ -167,13 +166,20 @@ class DoLaLogitsProcessor(LogitsProcessor):
         M_index = torch.where(M_index == past - first, J, M_index + first)
         return log_qN, log_p, M_index, every.masked_fill(~self.rows.read[rows], math.nan)
 
+    def _exits_of(self, rows: slice | Tensor, own: slice, exits: Tensor) -> Tensor:
+        """Some exits of some rows, packed or not: a compiled pass, which reads all, may follow one that does not."""
+        if exits.shape[1] == len(self.rows.layers):
+            return exits[:, own][rows]
+        if self.places is None:  # where nothing is packed, no call waits for the device
+            self.places = pack(self.rows.read.cpu())[1].to(exits.device)
+        return exits[tuple(self.places[:, rows, own])]
+
     def _step(self, i: int, scores: Tensor, exits: Tensor, final: Tensor) -> tuple[Tensor, ...]:
         (method, rows), backend = self.parts[i], self.backend()
         logits, own = scores[rows], slice(*method.exits)
         if self.beams and method.name == "sled":  # it compares logits of layers: a constant matters to it alone
             logits = logits + final[rows].to(logits).logsumexp(-1, keepdim=True)
-        packed = exits.shape[1] < len(self.rows.layers)
-        own_exits = exits[tuple(self.places[:, rows, own])] if packed else exits[:, own][rows]
+        own_exits = self._exits_of(rows, own, exits)
         arguments = logits, own_exits, self.rows.candidates[:, own][rows], self.rows.strength[rows], method
         if backend is not None:
             return compiled_formulas(backend)(*arguments)
