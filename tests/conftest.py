@@ -90,6 +90,23 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What programs load is kept from run to run, as long as the files stay the same: half a second each."""
+    from janus_dola.programs import checkpoint
+
+    def load_model(config: Any, model_config: Any) -> Any:
+        files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(Path(config.model_path).glob("*")))
+        key = config.device, config.dtype, files
+        if key not in LOADED:
+            LOADED[key] = load(config, model_config)
+        return LOADED[key]
+
+    load = checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+
+
+LOADED: dict[Any, Any] = {}
 Fails = Callable[..., str]
 
 

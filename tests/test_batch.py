@@ -22,6 +22,8 @@ from janus_dola.programs.prompts import Prompt, read_prompts
 from janus_dola.programs.results import Results
 from janus_dola.programs.runs import lines_of
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -203,7 +205,7 @@ def test_killed_at_any_moment_it_finishes_with_the_lines_of_an_undisturbed_run(t
     assert answer_program.run([*cli_arguments(tmp_path, *more), f"output={whole}"]) == 1
     out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
     processes = multiprocessing.get_context("forkserver")  # imports once
-    processes.set_forkserver_preload(["inference_dola"])
+    processes.set_forkserver_preload(["janus_dola.programs.answer"])
     counts = []
     for wanted in (0, 1, 4, 11, 18):  # lines there when it is killed; 0: as soon as the settings are
         process = processes.Process(target=answer_program.run, args=[cli_arguments(tmp_path, *more)])

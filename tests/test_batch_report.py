@@ -13,6 +13,8 @@ from helpers import IMAGES, TALL, TEXT, WIDE, cli_arguments, read, write
 from janus_dola.programs import answer, report
 from janus_dola.programs.results import Results
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 class Text(HTMLParser):
     """The text of a page, and its tags."""

@@ -30,6 +30,8 @@ from janus_dola.programs.measures import (
 from janus_dola.programs.options import read_config
 from janus_dola.programs.prompts import Prompt, read_prompts
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -16,11 +16,13 @@ from helpers import WEIGHTS, copy_without_weights
 from helpers import write_checkpoint as write
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from janus.models import MultiModalityCausalLM, MultiModalityConfig, VLChatProcessor
 from janus.models.stored_sizes import stored_shapes
 from janus.utils.io import load_pretrained_model
+from janus_dola.programs import checkpoint
+from janus_dola.programs.options import ModelConfig
 
 UNUSED = ("vision_model.vision_tower.attn_pool.latent", "gen_vision_model.quantize.codebook_used")
 
@@ -523,3 +525,18 @@ def test_shapes_are_read_without_the_weights(layouts: dict[str, Path], monkeypat
     assert all(stored_shapes(str(folder)) == want for folder in layouts.values())
     assert len(read) == 3 and all(kwargs["mmap"] and kwargs["weights_only"] for kwargs in read)
     assert stored_shapes(str(GOLDEN)) is None
+
+
+def test_a_small_model_runs_on_one_thread_unless_the_environment_says_otherwise(monkeypatch: Any) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)  # whoever runs the tests keeps theirs
+    config = LlamaConfig(vocab_size=102_400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with torch.device("meta"):
+        checkpoint.choose_threads(LlamaForCausalLM(config))  # Janus-Pro-1B's decoder
+    assert chosen == []
+    checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    checkpoint.choose_threads(torch.nn.Linear(64, 64))
+    assert chosen == [1]

@@ -16,6 +16,8 @@ from janus.models import MultiModalityCausalLM
 from janus_dola import programs
 from janus_dola.programs import draw
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TINY = [f"model_path={CHECKPOINT}", "device=cpu", "prompt=A red circle"]
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import CASES, CHECKPOINT, GOLDEN, Fails
 from omegaconf import OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from janus_dola import DoLaConfig, DoLaJanusWrapper, DoLaTrace
 from janus_dola.programs import answer as answer_program
 from janus_dola.programs import checkpoint
 from janus_dola.programs.options import DEFAULT, ModelConfig, read_config
 from janus_dola.programs.web import WebConfig
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 ROOT = Path(__file__).parents[1]
 
@@ -314,21 +315,6 @@ def test_auto_dtype(monkeypatch: Any, device: str, capabilities: Any, stored: An
     """bfloat16 where it is the checkpoint's and the device multiplies it natively."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert checkpoint.pick_dtype(torch.device(device), stored) == want
-
-
-def test_a_small_model_runs_on_one_thread_unless_the_environment_says_otherwise(monkeypatch: Any) -> None:
-    chosen: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)  # whoever runs the tests keeps theirs
-    config = LlamaConfig(vocab_size=102_400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with torch.device("meta"):
-        checkpoint.choose_threads(LlamaForCausalLM(config))  # Janus-Pro-1B's decoder
-    assert chosen == []
-    checkpoint.load(ModelConfig(model_path=str(CHECKPOINT), device="cpu"))
-    assert chosen == [1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    checkpoint.choose_threads(torch.nn.Linear(64, 64))
-    assert chosen == [1]
 
 
 def test_the_dtype_of_the_checkpoint_counts(tmp_path: Path, monkeypatch: Any) -> None:

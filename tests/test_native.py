@@ -27,6 +27,8 @@ from janus_dola.programs import calibrate, checkpoint
 from janus_dola.programs.options import ModelConfig
 from janus_dola.programs.prompts import build_conversation
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 IMAGES = DEMO.parent / "images"
 QUESTIONS = {"wide.png": "Describe the image.", "scene.png": "Is there a red circle in the image?"}

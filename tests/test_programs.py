@@ -20,6 +20,8 @@ from janus_dola import DoLaConfig, DoLaJanusWrapper, programs
 from janus_dola.programs import answer, calibrate, export, options, report
 from janus_dola.programs.options import read_config
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 ROOT = Path(__file__).parents[1]
 TEXT = [f"model_path={CHECKPOINT}", "device=cpu", "generation.max_new_tokens=4", "question=What?"]
 

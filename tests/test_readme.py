@@ -20,6 +20,8 @@ from helpers import read, write
 from janus_dola import programs
 from janus_dola.programs.options import DEFAULT, PROGRAMS, ModelConfig, read_config
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
 DOCS = tuple(sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))

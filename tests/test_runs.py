@@ -12,6 +12,8 @@ from PIL import Image
 
 from janus_dola.programs import answer, calibrate
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TEXT = {"question": "Why?"}
 
 
