@@ -149,9 +149,14 @@ class Rows(NamedTuple):
     methods: list[Method]
 
     @property
+    def unchanged(self) -> "Tensor":
+        """Rows with nothing to subtract and every token kept, whose p̂ is q_N: the baseline bit for bit; bool [rows]."""
+        return ~self.candidates.any(1) & (self.strength == 0)
+
+    @property
     def changes_nothing(self) -> bool:
-        """With nothing to subtract and every token kept, p̂ is q_N: the baseline bit for bit."""
-        return not self.candidates.any() and not self.strength.any()
+        """Whether that is all of them."""
+        return bool(self.unchanged.all())
 
     def traced(self, every: bool) -> "Rows":
         """The same for a trace, which shows the JSD of all exits that are read; `every` reads all of every row."""

@@ -116,7 +116,8 @@ class DoLaLogitsProcessor(LogitsProcessor):
         graphs: dict[Any, list[GraphedFormulas]] | None = None,
     ) -> None:
         self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
-        self.changes_nothing = rows.changes_nothing  # the baseline bit for bit, traced or not
+        self.changes_nothing = rows.changes_nothing  # traced, too
+        self.leaves_some = bool(rows.unchanged.any())
         self.rows = rows
         self.parts: list[tuple[Method, slice | Tensor]] = []  # the rows that are read together
         self.order: Tensor | None = None  # each row's place in their sequence, if it is another
@@ -139,7 +140,10 @@ class DoLaLogitsProcessor(LogitsProcessor):
             self.record(input_ids, log_qN, log_p, M_index, jsd)
         if self.changes_nothing:
             return scores
-        return log_p if self.outside == -math.inf else log_p.clamp(min=self.outside)
+        if self.outside != -math.inf:
+            log_p = log_p.clamp(min=self.outside)
+        # Not log q_N: the scores of beams do not add up to 1 after a penalty, and are compared as they are.
+        return torch.where(self.rows.unchanged.unsqueeze(1), scores, log_p) if self.leaves_some else log_p
 
     def _part(self, exits: Tensor) -> None:
         """Puts the rows of a method together; each then reads its own exits alone."""

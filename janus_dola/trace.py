@@ -31,7 +31,7 @@ class DoLaTrace:
         candidate_layers: The layers that M was chosen from, in any row.
         num_layers: N.
         alpha: Threshold of V_head; a list, one for each prompt, where they differ. DeCo's α and SLED's rate, too.
-        method: dola, deco or sled; a list, one for each prompt, where they differ.
+        method: dola, deco, sled or confident; a list, one for each prompt, where they differ.
         tokens: What was generated, int64 [S, T], without the prompt.
         mature_tokens: What q_N alone, after penalties, finds most likely there, int64 [S, T].
         layers: M, int64 [S, T]; N where there was nothing to subtract. SLED's is the layer of the greatest weight.

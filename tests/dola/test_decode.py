@@ -140,6 +140,32 @@ def test_each_row_follows_its_own_configuration(model: Any, prompt: dict[str, An
         assert torch.equal(got.sequences[each : 2 * each, : plain.shape[1]], plain)
 
 
+NOTHING = [
+    DoLaConfig(use_dola_lm=False),
+    DoLaConfig(alpha=0.0, candidate_layers=[N]),
+    DoLaConfig(method="sled", candidate_layers=[]),
+]
+
+
+@pytest.mark.parametrize("config", NOTHING, ids=str)
+def test_beside_others_a_row_with_dola_off_is_the_baseline_after_penalties(
+    model: Any, prompt: dict[str, Any], config: DoLaConfig
+) -> None:
+    """Its scores were log q_N, which add up to 1 where those of beams do not, and others of its beams were chosen."""
+    wrapper, details = DoLaJanusWrapper(model), {"return_dict_in_generate": True, "output_scores": True}
+    beams = prompt | details | {"num_beams": 3, "repetition_penalty": 1.3}
+    plain = DoLaJanusWrapper(model, DoLaConfig(use_dola_lm=False)).generate(**beams)
+    for row in range(3):
+        configs = [config if i == row else DoLaConfig() for i in range(3)]
+        for trace in (None, DoLaTrace()):
+            got = wrapper.generate_with_dola(**beams, configs=configs, trace=trace)
+            T = min(got.sequences.shape[1], plain.sequences.shape[1])
+            assert torch.equal(got.sequences[row, :T], plain.sequences[row, :T])
+            assert torch.allclose(got.sequences_scores[row], plain.sequences_scores[row], atol=1e-5)
+            rows = slice(3 * row, 3 * row + 3)
+            assert torch.allclose(got.scores[0][rows], plain.scores[0][rows], atol=1e-5)
+
+
 def test_the_head_reads_each_row_s_own_exits_alone(model: Any, prompt: dict[str, Any]) -> None:
     """6 exits for 3 rows: 2 a row beside the final layer's own, in place of 6. A trace of all layers reads all."""
     wrapper, shapes = DoLaJanusWrapper(model), []
