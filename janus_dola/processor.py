@@ -116,7 +116,6 @@ class DoLaLogitsProcessor(LogitsProcessor):
         graphs: dict[Any, list[GraphedFormulas]] | None = None,
     ) -> None:
         self.logits, self.outside, self.record, self.beams, self.backend = logits, outside, record, beams, backend
-        self.changes_nothing = rows.changes_nothing  # traced, too
         self.leaves_some = bool(rows.unchanged.any())
         self.rows = rows
         self.parts: list[tuple[Method, slice | Tensor]] = []  # the rows that are read together
@@ -138,8 +137,6 @@ class DoLaLogitsProcessor(LogitsProcessor):
             parts = [self._among_all(i, *part) for i, part in enumerate(parts)]
             log_qN, log_p, M_index, jsd = map(self._together, zip(*parts, strict=True))
             self.record(input_ids, log_qN, log_p, M_index, jsd)
-        if self.changes_nothing:
-            return scores
         if self.outside != -math.inf:
             log_p = log_p.clamp(min=self.outside)
         # Not log q_N: the scores of beams do not add up to 1 after a penalty, and are compared as they are.

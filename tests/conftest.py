@@ -90,6 +90,9 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+LOADED: dict[Any, Any] = {}  # by device, dtype and files
+
+
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What programs load is kept from run to run, as long as the files stay the same: half a second each."""
@@ -106,7 +109,6 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "load_model", load_model)
 
 
-LOADED: dict[Any, Any] = {}
 Fails = Callable[..., str]
 
 
